@@ -1,0 +1,45 @@
+package image
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/imgnbd/imgnbd/storage"
+)
+
+// What a caller may match. Besides these, an error wraps a syscall.Errno,
+// fs.ErrClosed, fs.ErrNotExist or errors.ErrUnsupported (cannot, or not fast).
+var (
+	ErrReadOnly   = storage.ErrReadOnly   // written where writing is off
+	ErrInUse      = storage.ErrInUse      // locked by another process
+	ErrOutOfRange = storage.ErrOutOfRange // range outside the device
+	ErrWouldBlock = storage.ErrWouldBlock // TryReadAt would have had to wait
+
+	ErrCorrupt     = errors.New("image is corrupt")     // the image contradicts itself
+	ErrWrongFormat = errors.New("not in this format")   // not this format; try the next
+	ErrReference   = errors.New("refused by policy")    // the policy refuses what the image names
+	ErrKey         = errors.New("key missing or wrong") // the image is encrypted
+)
+
+// An Error says where something went wrong. It is added once, by the layer
+// that knows the name of the image.
+type Error struct {
+	Op   string // open, read, write, zero, discard, flush, check, close
+	Name string // the image, as the user named it
+	Err  error
+}
+
+func (e *Error) Error() string { return fmt.Sprintf("%s %s: %v", e.Op, e.Name, e.Err) }
+
+func (e *Error) Unwrap() error { return e.Err }
+
+// A Hint is an error with advice: what the user can do about it. The advice is
+// printed on a line of its own, so Error does not include it.
+type Hint struct {
+	Err    error
+	Advice string
+}
+
+func (h *Hint) Error() string { return h.Err.Error() }
+
+func (h *Hint) Unwrap() error { return h.Err }

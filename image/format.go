@@ -1,0 +1,71 @@
+package image
+
+import (
+	"context"
+	"io"
+
+	"github.com/imgnbd/imgnbd/storage"
+)
+
+// A Format is a row of the table of what can be opened. A nil function means
+// that the format cannot do that.
+type Format struct {
+	Name string
+
+	// Probe recognises the format by at most 64 KiB at either end of the
+	// store. nil: the format is never guessed.
+	Probe func(r io.ReaderAt, size int64) bool
+
+	// Open gives the bytes of s a meaning. It takes ownership of s only if it
+	// succeeds. It never opens anything itself but through opt.Refs.
+	Open func(ctx context.Context, s storage.Store, opt Options) (Device, error)
+
+	// Inspect reads what `info` shows, without opening what the image names,
+	// and also of an image that Open would refuse. s stays the caller's.
+	Inspect func(ctx context.Context, s storage.Store) (*Inspection, error)
+
+	// Create writes an empty image of that format into s, which is empty or
+	// will be overwritten. s stays the caller's.
+	Create func(ctx context.Context, s storage.Store, opt CreateOptions) error
+
+	// ShareWrite is set where several processes may write the same image at
+	// once, because the format keeps no metadata in it.
+	ShareWrite bool
+
+	// Grows is set if writing to an image may change the size of its store.
+	Grows bool
+}
+
+// Options say how an image is opened.
+type Options struct {
+	Name     string // the image as the user named it, for messages
+	ReadOnly bool
+	Refs     Opener       // opens what the image names; nil refuses everything
+	Params   []Param      // the format's own options; an unknown key is an error
+	Warn     func(string) // told of what the user should know; may be nil
+}
+
+// CreateOptions say what image is made.
+type CreateOptions struct {
+	Size   int64
+	Refs   Opener
+	Params []Param // the format's own options; an unknown key is an error
+}
+
+// A Param is one option of a format, key and value as the user wrote them.
+type Param struct{ Key, Value string }
+
+// A Reference is a name found inside an image.
+type Reference struct {
+	Name   string
+	Format string        // as the image declares it; "" if it does not
+	From   storage.Store // the image that names it; relative names start beside it
+}
+
+// An Opener opens what an image refers to. Formats have no other way.
+type Opener interface {
+	// OpenImage opens a backing image, read-only.
+	OpenImage(ctx context.Context, ref Reference) (Device, error)
+	// OpenStore opens a data file, for writing if write is set.
+	OpenStore(ctx context.Context, ref Reference, write bool) (storage.Store, error)
+}
