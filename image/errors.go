@@ -43,3 +43,15 @@ type Hint struct {
 func (h *Hint) Error() string { return h.Err.Error() }
 
 func (h *Hint) Unwrap() error { return h.Err }
+
+// Wrap returns err as an Error, unless err is nil or already names an image:
+// of several layers the one where it happened is named.
+func Wrap(op, name string, err error) error {
+	if err == nil {
+		return nil
+	}
+	if _, ok := errors.AsType[*Error](err); ok {
+		return err
+	}
+	return &Error{Op: op, Name: name, Err: err}
+}
