@@ -33,25 +33,5 @@ func (e *Error) Error() string { return fmt.Sprintf("%s %s: %v", e.Op, e.Name, e
 
 func (e *Error) Unwrap() error { return e.Err }
 
-// A Hint is an error with advice: what the user can do about it. The advice is
-// printed on a line of its own, so Error does not include it.
-type Hint struct {
-	Err    error
-	Advice string
-}
-
-func (h *Hint) Error() string { return h.Err.Error() }
-
-func (h *Hint) Unwrap() error { return h.Err }
-
-// Wrap returns err as an Error, unless err is nil or already names an image:
-// of several layers the one where it happened is named.
-func Wrap(op, name string, err error) error {
-	if err == nil {
-		return nil
-	}
-	if _, ok := errors.AsType[*Error](err); ok {
-		return err
-	}
-	return &Error{Op: op, Name: name, Err: err}
-}
+// A Hint is an error with advice.
+type Hint = storage.Hint

@@ -172,6 +172,17 @@ var (
 	ErrWouldBlock = errors.New("would wait")
 )
 
+// A Hint is an error with advice: what the user can do about it. The advice is
+// printed on a line of its own, so Error does not include it.
+type Hint struct {
+	Err    error
+	Advice string
+}
+
+func (h *Hint) Error() string { return h.Err.Error() }
+
+func (h *Hint) Unwrap() error { return h.Err }
+
 // ReadOnly is the write half of a Store that cannot be written. Embed it.
 type ReadOnly struct{}
 
