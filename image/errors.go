@@ -35,3 +35,15 @@ func (e *Error) Unwrap() error { return e.Err }
 
 // A Hint is an error with advice.
 type Hint = storage.Hint
+
+// Wrap returns err as an Error, unless err is nil or already names an image:
+// of several layers the one where it happened is named.
+func Wrap(op, name string, err error) error {
+	if err == nil {
+		return nil
+	}
+	if _, ok := errors.AsType[*Error](err); ok {
+		return err
+	}
+	return &Error{Op: op, Name: name, Err: err}
+}

@@ -1,5 +1,13 @@
 package image
 
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/imgnbd/imgnbd/storage"
+)
+
 // An Inspection is what `info` shows of an image: what its header says, and
 // nothing that would have to be opened.
 type Inspection struct {
@@ -19,4 +27,107 @@ type Inspection struct {
 
 	// Problem is why Open refuses the image; nil if it does not.
 	Problem error
+}
+
+// Inspected is an Inspection together with where it was made.
+type Inspected struct {
+	*Inspection
+	Name     string // the image, as it is shown to people
+	Backing  string // what BackingName means, seen from Name; "" if there is none
+	DiskSize int64  // bytes that the image takes on its host; -1 if unknown
+}
+
+// Inspect tells what an image says about itself. It opens nothing that the
+// image names. Unless told otherwise it takes the lock of a reader, so an image
+// that somebody is writing is refused rather than read half-way.
+func (c *Chain) Inspect(ctx context.Context, name string, opt OpenOptions) (*Inspected, error) {
+	src, err := parseName(name)
+	if err != nil {
+		return nil, &Error{"open", name, err}
+	}
+	opt.ReadOnly = true
+	l, err := c.top(&src, &opt)
+	if err != nil {
+		return nil, Wrap("open", src.name, err)
+	}
+	in, err := l.inspect(ctx, src, opt, nil)
+	return in, Wrap("open", src.name, err)
+}
+
+// InspectChain inspects an image and all images below it, the first first. On
+// an error it returns what it has.
+func (c *Chain) InspectChain(ctx context.Context, name string, opt OpenOptions) ([]*Inspected, error) {
+	src, err := parseName(name)
+	if err != nil {
+		return nil, &Error{"open", name, err}
+	}
+	opt.ReadOnly = true
+	l, err := c.top(&src, &opt)
+	if err != nil {
+		return nil, Wrap("open", src.name, err)
+	}
+	var all []*Inspected
+	for {
+		below, belowSrc := (*layer)(nil), source{}
+		in, err := l.inspect(ctx, src, opt, func(in *Inspected, s storage.Store) error {
+			if in.BackingName == "" {
+				return nil
+			}
+			l.id = identity(s)
+			var f *Format
+			var err error
+			below, belowSrc, f, err = l.admit(ctx, Reference{Name: in.BackingName, Format: in.BackingFormat, From: s}, true)
+			if err == nil {
+				belowSrc.format = f.Name
+			}
+			return err
+		})
+		if in != nil {
+			all = append(all, in)
+		}
+		if err != nil {
+			return all, Wrap("open", src.name, err)
+		}
+		if below == nil {
+			return all, nil
+		}
+		l, src = below, belowSrc
+		opt = OpenOptions{ReadOnly: true, NoLock: opt.NoLock || src.noLock, Direct: opt.Direct, Timeout: opt.Timeout}
+	}
+}
+
+// inspect inspects one image and, while it is open, calls with. It returns what
+// it found even if with fails.
+func (l *layer) inspect(ctx context.Context, src source, opt OpenOptions, with func(*Inspected, storage.Store) error) (in *Inspected, err error) {
+	if src.format == "" {
+		f, _, _, err := l.look(ctx, src)
+		if err != nil {
+			return nil, err
+		}
+		src.format = f.Name
+	}
+	f, err := l.chain.format(src.format)
+	if err != nil {
+		return nil, err
+	}
+	if f.Inspect == nil {
+		return nil, fmt.Errorf("images of format %s cannot be inspected", f.Name)
+	}
+	s, err := l.openStore(ctx, src, f, opt)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, s.Close()) }()
+	found, err := f.Inspect(ctx, s)
+	if err != nil {
+		return nil, err
+	}
+	in = &Inspected{Inspection: found, Name: src.name, DiskSize: diskSize(s)}
+	if found.BackingName != "" {
+		in.Backing = combine(src.name, found.BackingName)
+	}
+	if with != nil {
+		err = with(in, s)
+	}
+	return in, err
 }

@@ -1,0 +1,213 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/imgnbd/imgnbd/storage"
+)
+
+// defaultMaxDepth is more layers than any tool makes, and few enough for a
+// stack and a table of open files.
+const defaultMaxDepth = 200
+
+// A Chain opens images by name, and what those images name, by a policy.
+// Fill it in and do not change it afterwards; its methods may be called
+// concurrently.
+type Chain struct {
+	Formats   []Format // in the order of probing; "raw" is the last guess
+	Protocols []storage.Protocol
+	Policy    Policy
+	MaxDepth  int          // images below the first; 0 is 200
+	Warn      func(string) // told of what the user should know; may be nil
+}
+
+// OpenOptions say how an image is opened.
+type OpenOptions struct {
+	Format   string // "" to recognise it
+	ReadOnly bool
+	Direct   bool          // bypass the host's page cache
+	NoLock   bool          // look at an image that somebody else may be writing
+	Timeout  time.Duration // bound of one operation of a remote store; 0: its default
+	Params   []Param       // the format's own options
+}
+
+// Open opens an image, by a name as QEMU takes it: a path, PROTOCOL:..., or
+// json:{...}.
+//
+// Where the format has to be recognised, the image is looked at without a lock
+// and then again under the lock that the format asks for, so that what is
+// opened is what was recognised. A writable image that is taken for raw only
+// because it is nothing else is guarded against becoming something else; see
+// [ProbeGuard].
+func (c *Chain) Open(ctx context.Context, name string, opt OpenOptions) (Device, error) {
+	src, err := parseName(name)
+	if err != nil {
+		return nil, &Error{"open", name, err}
+	}
+	l, err := c.top(&src, &opt)
+	if err == nil {
+		var d Device
+		if d, err = l.open(ctx, src, opt); err == nil {
+			return d, nil
+		}
+	}
+	return nil, Wrap("open", src.name, err)
+}
+
+// top prepares for opening what the user named.
+func (c *Chain) top(src *source, opt *OpenOptions) (*layer, error) {
+	if err := c.settle(src, opt.Format); err != nil {
+		return nil, err
+	}
+	src.params = append(src.params, opt.Params...)
+	opt.ReadOnly = opt.ReadOnly || src.readOnly
+	opt.Direct = opt.Direct || src.direct
+	opt.NoLock = opt.NoLock || src.noLock
+	if opt.NoLock && !opt.ReadOnly {
+		return nil, errors.New("writing takes a lock")
+	}
+	return &layer{chain: c, name: src.name}, nil
+}
+
+// settle brings together the format that the name says and the one that
+// somebody else says.
+func (c *Chain) settle(src *source, format string) error {
+	switch {
+	case format == "":
+	case src.format == "":
+		src.format = format
+	case src.format != format:
+		return fmt.Errorf("the name says that it is %s, but %s is asked for", src.format, format)
+	}
+	return nil
+}
+
+// Create makes an empty image of a format, overwriting what is there.
+func (c *Chain) Create(ctx context.Context, name, format string, opt CreateOptions) error {
+	src, err := parseName(name)
+	if err != nil {
+		return &Error{"create", name, err}
+	}
+	return Wrap("create", src.name, c.create(ctx, src, format, opt))
+}
+
+func (c *Chain) create(ctx context.Context, src source, format string, opt CreateOptions) error {
+	if err := c.settle(&src, format); err != nil {
+		return err
+	}
+	f, err := c.format(src.format)
+	if err != nil {
+		return err
+	}
+	if f.Create == nil {
+		return fmt.Errorf("images of format %s cannot be made", f.Name)
+	}
+	s, err := c.openStore(ctx, src, storage.Options{Access: storage.WriteGrow, Create: true, Direct: src.direct})
+	if err != nil {
+		return err
+	}
+	if opt.Refs == nil {
+		opt.Refs = &layer{chain: c, name: src.name, id: identity(s)}
+	}
+	opt.Params = append(src.params, opt.Params...)
+	err = f.Create(ctx, s, opt)
+	if err == nil {
+		err = s.Sync()
+	}
+	return errors.Join(err, s.Close())
+}
+
+// OpenImage opens a backing image for who has only the store that names it.
+// Images that Open returns have their own Opener, which knows all ancestors.
+func (c *Chain) OpenImage(ctx context.Context, ref Reference) (Device, error) {
+	return c.layerOf(ref).OpenImage(ctx, ref)
+}
+
+// OpenStore opens a data file, as OpenImage does an image.
+func (c *Chain) OpenStore(ctx context.Context, ref Reference, write bool) (storage.Store, error) {
+	return c.layerOf(ref).OpenStore(ctx, ref, write)
+}
+
+func (c *Chain) layerOf(ref Reference) *layer {
+	l := &layer{chain: c}
+	if ref.From != nil {
+		l.id = identity(ref.From)
+		if u := ref.From.Info().URL; u != nil && u.Scheme == "file" {
+			l.name = u.Path
+		} else if u != nil {
+			l.name = u.Redacted()
+		}
+	}
+	return l
+}
+
+func (c *Chain) format(name string) (*Format, error) {
+	for i := range c.Formats {
+		if c.Formats[i].Name == name {
+			return &c.Formats[i], nil
+		}
+	}
+	var known []string
+	for _, f := range c.Formats {
+		known = append(known, f.Name)
+	}
+	return nil, &Hint{
+		Err:    fmt.Errorf("unknown format %q", name),
+		Advice: "formats: " + strings.Join(known, ", "),
+	}
+}
+
+// recognise returns the format that s is in; guessed is set if that is raw,
+// for want of anything else.
+func (c *Chain) recognise(s storage.Store) (f *Format, guessed bool, err error) {
+	size, err := s.Size()
+	if err != nil {
+		return nil, false, err
+	}
+	if f := probe(c.Formats, s, size); f != nil {
+		return f, false, nil
+	}
+	f, err = c.format("raw")
+	if err != nil {
+		return nil, false, ErrWrongFormat
+	}
+	// A store that cannot be read looks like nothing, which is no ground for a guess.
+	if _, err := s.ReadAt(make([]byte, min(size, 512)), 0); err != nil {
+		return nil, false, err
+	}
+	return f, true, nil
+}
+
+func (c *Chain) openStore(ctx context.Context, src source, opt storage.Options) (storage.Store, error) {
+	i := slices.IndexFunc(c.Protocols, func(p storage.Protocol) bool { return p.Name == src.url.Scheme })
+	if i < 0 {
+		return nil, fmt.Errorf("unknown protocol %q", src.url.Scheme)
+	}
+	if src.noLock {
+		opt.Share = storage.ShareNoLock
+	}
+	return c.Protocols[i].Open(ctx, src.url, opt)
+}
+
+func (c *Chain) warn(format string, args ...any) {
+	if c.Warn != nil {
+		c.Warn(fmt.Sprintf(format, args...))
+	}
+}
+
+// identity names the bytes behind a store, whatever path led there.
+func identity(s storage.Store) string {
+	info := s.Info()
+	if info.ID != "" {
+		return info.ID
+	}
+	if info.URL != nil {
+		return info.URL.String()
+	}
+	return ""
+}

@@ -1,0 +1,231 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/imgnbd/imgnbd/storage"
+)
+
+// A layer is one image of a chain while it is open: the Opener that its format
+// gets. It knows who named it, so that nothing names itself.
+type layer struct {
+	chain *Chain
+	name  string // as it is shown
+	id    string // identity of its store
+	above *layer // who names it; nil for the first
+	depth int
+	opt   OpenOptions // what layers below inherit: Direct, NoLock
+}
+
+// open opens what l stands for.
+func (l *layer) open(ctx context.Context, src source, opt OpenOptions) (Device, error) {
+	var guessed bool
+	var looked string
+	if src.format == "" {
+		f, id, g, err := l.look(ctx, src)
+		if err != nil {
+			return nil, err
+		}
+		src.format, looked, guessed = f.Name, id, g
+	}
+	f, err := l.chain.format(src.format)
+	if err != nil {
+		return nil, err
+	}
+	s, err := l.openStore(ctx, src, f, opt)
+	if err != nil {
+		return nil, err
+	}
+	d, err := l.openFormat(ctx, s, f, opt, src, looked)
+	if err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	if guessed && !d.Info().ReadOnly {
+		l.chain.warn("Image format was not specified for '%s' and probing guessed raw.\n"+
+			"         Automatically detecting the format is dangerous for raw images, write operations on block 0 will be restricted.\n"+
+			"         Specify the 'raw' format explicitly to remove the restrictions.", src.name)
+		d = ProbeGuard(d, l.chain.Formats)
+	}
+	return d, nil
+}
+
+// look recognises an image without disturbing who uses it.
+func (l *layer) look(ctx context.Context, src source) (f *Format, id string, guessed bool, err error) {
+	s, err := l.chain.openStore(ctx, src, storage.Options{Share: storage.ShareNoLock, Timeout: l.opt.Timeout})
+	if err != nil {
+		return nil, "", false, err
+	}
+	f, guessed, err = l.chain.recognise(s)
+	return f, identity(s), guessed, errors.Join(err, s.Close())
+}
+
+// openStore opens the store of an image with the access that its format needs.
+func (l *layer) openStore(ctx context.Context, src source, f *Format, opt OpenOptions) (storage.Store, error) {
+	so := storage.Options{Timeout: opt.Timeout, Direct: opt.Direct}
+	switch {
+	case opt.ReadOnly:
+		so.Access = storage.Read
+	case f.Grows:
+		so.Access = storage.WriteGrow
+	default:
+		so.Access = storage.Write
+	}
+	switch {
+	case opt.NoLock:
+		so.Share = storage.ShareNoLock
+	case f.ShareWrite && !opt.ReadOnly:
+		so.Share = storage.ShareWrite
+	}
+	return l.chain.openStore(ctx, src, so)
+}
+
+// openFormat gives s its meaning. looked is the identity of the store in which
+// the format was recognised, "" if nobody looked.
+func (l *layer) openFormat(ctx context.Context, s storage.Store, f *Format, opt OpenOptions, src source, looked string) (Device, error) {
+	l.id = identity(s)
+	l.opt = OpenOptions{Direct: opt.Direct, NoLock: opt.NoLock, Timeout: opt.Timeout}
+	if looked != "" {
+		now, _, err := l.chain.recognise(s)
+		if err != nil {
+			return nil, err
+		}
+		if looked != l.id || now.Name != f.Name {
+			return nil, errors.New("it changed while it was being opened")
+		}
+	}
+	return f.Open(ctx, s, Options{
+		Name:     src.name,
+		ReadOnly: opt.ReadOnly,
+		Refs:     l,
+		Params:   src.params,
+		Warn:     l.chain.Warn,
+	})
+}
+
+// OpenImage opens a backing image of l, read-only.
+func (l *layer) OpenImage(ctx context.Context, ref Reference) (Device, error) {
+	below, src, f, err := l.admit(ctx, ref, true)
+	if err != nil {
+		return nil, err
+	}
+	opt := l.opt
+	opt.ReadOnly = true
+	opt.NoLock = opt.NoLock || src.noLock
+	s, err := l.chain.openStore(ctx, src, storage.Options{Share: share(opt.NoLock), Direct: opt.Direct, Timeout: opt.Timeout})
+	if err != nil {
+		return nil, Wrap("open", src.name, err)
+	}
+	looked := ""
+	if ref.Format == "" && src.format == "" {
+		looked = below.id
+	}
+	admitted := below.id
+	if identity(s) != admitted {
+		err = errors.New("it changed while it was being opened")
+	}
+	if err == nil {
+		var d Device
+		if d, err = below.openFormat(ctx, s, f, opt, src, looked); err == nil {
+			return d, nil
+		}
+	}
+	return nil, Wrap("open", src.name, errors.Join(err, s.Close()))
+}
+
+func share(noLock bool) storage.Sharing {
+	if noLock {
+		return storage.ShareNoLock
+	}
+	return storage.ShareRead
+}
+
+// OpenStore opens a data file of l.
+func (l *layer) OpenStore(ctx context.Context, ref Reference, write bool) (storage.Store, error) {
+	below, src, _, err := l.admit(ctx, ref, false)
+	if err != nil {
+		return nil, err
+	}
+	so := storage.Options{Share: share(l.opt.NoLock || src.noLock), Direct: l.opt.Direct, Timeout: l.opt.Timeout}
+	if write {
+		so.Access = storage.WriteGrow
+	}
+	s, err := l.chain.openStore(ctx, src, so)
+	if err != nil {
+		return nil, Wrap("open", src.name, err)
+	}
+	if identity(s) != below.id {
+		err := errors.New("it changed while it was being opened")
+		return nil, Wrap("open", src.name, errors.Join(err, s.Close()))
+	}
+	return s, nil
+}
+
+// admit decides whether l may name ref. It looks at the file without a lock,
+// since an image that names itself could not be locked again, and returns
+// what it saw: what is opened afterwards has to have the same identity.
+func (l *layer) admit(ctx context.Context, ref Reference, isImage bool) (*layer, source, *Format, error) {
+	maxDepth := l.chain.MaxDepth
+	if maxDepth == 0 {
+		maxDepth = defaultMaxDepth
+	}
+	if l.depth >= maxDepth {
+		return nil, source{}, nil, refused(ref.Name, fmt.Sprintf("the chain has more than %d images", maxDepth))
+	}
+	src, err := resolve(ref.From, l.name, ref.Name)
+	if err != nil {
+		return nil, src, nil, fmt.Errorf("%q: %w: %w", ref.Name, ErrReference, err)
+	}
+	dirs, err := l.chain.Policy.checkName(ref.From, ref.Name, src)
+	if err != nil {
+		return nil, src, nil, err
+	}
+	if isImage {
+		if err := l.chain.settle(&src, ref.Format); err != nil {
+			return nil, src, nil, Wrap("open", src.name, fmt.Errorf("%w: %w", ErrReference, err))
+		}
+	}
+	s, err := l.chain.openStore(ctx, src, storage.Options{Share: storage.ShareNoLock, Timeout: l.opt.Timeout})
+	if err != nil {
+		return nil, src, nil, Wrap("open", src.name, err)
+	}
+	below := &layer{chain: l.chain, name: src.name, id: identity(s), above: l, depth: l.depth + 1}
+	f, err := below.examine(s, src, dirs, isImage)
+	if err = errors.Join(err, s.Close()); err != nil {
+		return nil, src, nil, err
+	}
+	return below, src, f, nil
+}
+
+// examine applies the part of the policy that needs the file.
+func (l *layer) examine(s storage.Store, src source, dirs []string, isImage bool) (*Format, error) {
+	for _, dir := range dirs {
+		if err := checkFile(s, src.url.Path, dir); err != nil {
+			return nil, err
+		}
+	}
+	for a := l.above; a != nil && l.id != ""; a = a.above {
+		if a.id == l.id {
+			return nil, refused(l.name, fmt.Sprintf("%s names it, and lies below it: a loop", l.above.name))
+		}
+	}
+	if !isImage {
+		return nil, nil
+	}
+	if src.format != "" {
+		return l.chain.format(src.format)
+	}
+	f, guessed, err := l.chain.recognise(s)
+	if err != nil {
+		return nil, Wrap("open", src.name, err)
+	}
+	if guessed {
+		return nil, &Hint{
+			Err:    refused(l.name, fmt.Sprintf("%s does not say its format, and raw would be a guess", l.above.name)),
+			Advice: fmt.Sprintf("if it is raw, say so: qemu-img rebase -u -F raw -b %s %s", l.name, l.above.name),
+		}
+	}
+	l.chain.warn("%s does not say the format of its backing image %s, which was recognised as %s.", l.above.name, l.name, f.Name)
+	return f, nil
+}

@@ -1,0 +1,134 @@
+package image
+
+import (
+	"fmt"
+	"io"
+	"sync"
+	"syscall"
+)
+
+// probeReach is how far from either end of an image a Format.Probe looks.
+const probeReach = 64 << 10
+
+// probe returns the first format that recognises r.
+func probe(formats []Format, r io.ReaderAt, size int64) *Format {
+	for i := range formats {
+		if p := formats[i].Probe; p != nil && p(r, size) {
+			return &formats[i]
+		}
+	}
+	return nil
+}
+
+// ProbeGuard returns d with writes refused, as syscall.EPERM, that would make
+// one of formats recognise it. It goes around a raw image whose format was a
+// guess: without it, a guest could write a header that names any file of the
+// host as its backing image, and read it after the next guess.
+//
+// Only the ends of the disk are guarded, where formats are recognised; there
+// one write at a time is looked at together with what the disk holds, so that
+// writing a header in pieces does not help. Writes elsewhere pass untouched.
+func ProbeGuard(d Device, formats []Format) Device {
+	return &probeGuard{Device: d, formats: formats, size: d.Info().Size}
+}
+
+type probeGuard struct {
+	Device
+	formats []Format
+	size    int64
+	mu      sync.Mutex // held from looking at a write until it is done
+}
+
+// free reports whether no format looks at any byte of a range.
+func (g *probeGuard) free(off, n int64) bool {
+	return off >= probeReach && off <= g.size-probeReach-n
+}
+
+func (g *probeGuard) WriteAt(p []byte, off int64, flags WriteFlags) error {
+	n := int64(len(p))
+	if g.free(off, n) {
+		return g.Device.WriteAt(p, off, flags)
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if err := g.check(p, off, n); err != nil {
+		return err
+	}
+	return g.Device.WriteAt(p, off, flags)
+}
+
+// WriteZeroes is looked at too: a zero can be the last byte of a magic number.
+func (g *probeGuard) WriteZeroes(off, n int64, flags WriteFlags) error {
+	if g.free(off, n) {
+		return g.Device.WriteZeroes(off, n, flags)
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if err := g.check(nil, off, n); err != nil {
+		return err
+	}
+	return g.Device.WriteZeroes(off, n, flags)
+}
+
+// Discard leaves the ends alone, as it may: nobody can tell which of their
+// bytes it would turn to zero.
+func (g *probeGuard) Discard(off, n int64) error {
+	if g.free(off, n) || CheckRange(g.size, off, n) != nil {
+		return g.Device.Discard(off, n)
+	}
+	lo, hi := max(off, probeReach), min(off+n, g.size-probeReach)
+	if lo >= hi {
+		lo, hi = off, off // still to be refused if closed or read-only
+	}
+	return g.Device.Discard(lo, hi-lo)
+}
+
+// check looks at the disk as it would be with p, or n zeros if p is nil, at off.
+func (g *probeGuard) check(p []byte, off, n int64) error {
+	if CheckRange(g.size, off, n) != nil || g.Info().ReadOnly {
+		return nil // refused below, with its own error
+	}
+	v := pendingWrite{d: g.Device, size: g.size, p: p, off: off, n: n}
+	f := probe(g.formats, &v, g.size)
+	if v.err != nil {
+		return v.err // a format that could not look has not said no
+	}
+	if f != nil {
+		return &Hint{
+			Err:    fmt.Errorf("the write would make a %s image of a disk that is raw by a guess: %w", f.Name, syscall.EPERM),
+			Advice: "give the format: -f raw",
+		}
+	}
+	return nil
+}
+
+// A pendingWrite shows a device as it would be after a write.
+type pendingWrite struct {
+	d      Device
+	size   int64
+	p      []byte // nil: zeros
+	off, n int64
+	err    error // the first of reading d
+}
+
+func (v *pendingWrite) ReadAt(p []byte, off int64) (n int, err error) {
+	if off < 0 || off >= v.size {
+		return 0, io.EOF
+	}
+	if int64(len(p)) > v.size-off {
+		p, err = p[:v.size-off], io.EOF
+	}
+	if _, e := v.d.ReadAt(p, off); e != nil {
+		v.err = e
+		return 0, e
+	}
+	lo, hi := max(off, v.off), min(off+int64(len(p)), v.off+v.n)
+	if lo < hi {
+		if v.p == nil {
+			clear(p[lo-off : hi-off])
+		} else {
+			copy(p[lo-off:hi-off], v.p[lo-v.off:])
+		}
+	}
+	return len(p), err
+}
