@@ -38,7 +38,8 @@ var layers = []struct {
 	{"export", []string{"image", "storage", "internal/nbd"}},
 	{"internal/drivers", []string{"image", "storage", "storage/file", "raw", "qcow2", "asif"}},
 
-	{"cmd/imgnbd", []string{"image", "storage", "export", "internal/nbd", "internal/drivers"}},
+	{"docs", nil}, // the synopsis, embedded
+	{"cmd/imgnbd", []string{"docs", "image", "storage", "export", "internal/nbd", "internal/drivers"}},
 
 	{"internal/test/...", []string{"..."}},
 }
