@@ -1,0 +1,192 @@
+package file
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/imgnbd/imgnbd/storage"
+)
+
+// QEMU says what it does with an image by read locks on single bytes: byte
+// 100+i for each permission i that it uses, byte 200+i for each that it lets
+// nobody else use. Locks are on the open file (OFD), so two openings exclude
+// each other within one process too. Read locks never exclude one another;
+// who has taken theirs looks for those of others that contradict.
+const (
+	lockUsed     = 100
+	lockUnshared = 200
+)
+
+// permission is a set of what QEMU distinguishes (docs/devel/blkdev-permissions).
+type permission uint8
+
+const (
+	permRead permission = 1 << iota
+	permWrite
+	permWriteUnchanged
+	permResize
+)
+
+var permissionNames = [...]string{"consistent read", "write", "write unchanged", "resize"}
+
+// permissions translates: what we use, and what others must not.
+func permissions(access storage.Access, share storage.Sharing) (used, unshared permission) {
+	switch used = permRead; access {
+	case storage.Write:
+		used |= permWrite
+	case storage.WriteGrow:
+		used |= permWrite | permResize
+	}
+	if share == storage.ShareRead {
+		unshared = permWrite | permResize
+	}
+	return used, unshared
+}
+
+// lockImage takes the locks, which end when the file is closed. Where the file
+// system has none, it succeeds without, as QEMU does.
+func lockImage(fd int, path string, access storage.Access, share storage.Sharing) error {
+	if share == storage.ShareNoLock {
+		return nil
+	}
+	if _, err := otherLock(fd, lockUsed); err != nil {
+		return nil
+	}
+	used, unshared := permissions(access, share)
+	for i := range permissionNames {
+		if used>>i&1 != 0 {
+			if err := lockByte(fd, path, lockUsed+i); err != nil {
+				return err
+			}
+		}
+		if unshared>>i&1 != 0 {
+			if err := lockByte(fd, path, lockUnshared+i); err != nil {
+				return err
+			}
+		}
+	}
+	for i, name := range permissionNames {
+		if used>>i&1 != 0 {
+			if err := checkByte(fd, path, lockUnshared+i, fmt.Sprintf("%q lock", name)); err != nil {
+				return err
+			}
+		}
+		if unshared>>i&1 != 0 {
+			if err := checkByte(fd, path, lockUsed+i, fmt.Sprintf("shared %q lock", name)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func lockByte(fd int, path string, at int) error {
+	l := unix.Flock_t{Type: unix.F_RDLCK, Start: int64(at), Len: 1}
+	err := retry(func() error { return unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &l) })
+	if err == unix.EAGAIN || err == unix.EACCES {
+		return inUse(fd, path, at, fmt.Sprintf("lock on byte %d", at))
+	}
+	return err
+}
+
+func checkByte(fd int, path string, at int, what string) error {
+	other, err := otherLock(fd, at)
+	if err != nil || !other {
+		return err
+	}
+	return inUse(fd, path, at, what)
+}
+
+func inUse(fd int, path string, at int, what string) error {
+	return &storage.Hint{
+		Err:    &lockError{what: what, holder: lockHolder(fd, at)},
+		Advice: fmt.Sprintf("Is another process using the image [%s]?", path),
+	}
+}
+
+// otherLock reports whether somebody else has a lock on the byte.
+func otherLock(fd, at int) (bool, error) {
+	l := unix.Flock_t{Type: unix.F_WRLCK, Start: int64(at), Len: 1}
+	err := retry(func() error { return unix.FcntlFlock(uintptr(fd), unix.F_OFD_GETLK, &l) })
+	return l.Type != unix.F_UNLCK, err
+}
+
+// A lockError speaks as QEMU does, as scripts read that.
+type lockError struct {
+	what   string
+	holder string // "" if nobody knows
+}
+
+const thisProcess = "this process"
+
+func (e *lockError) Error() string {
+	text := "Failed to get " + e.what + ": "
+	switch e.holder {
+	case "":
+		return text + storage.ErrInUse.Error()
+	case thisProcess:
+		return text + "in use by this process already"
+	}
+	return text + storage.ErrInUse.Error() + " (" + e.holder + ")"
+}
+
+func (e *lockError) Unwrap() error { return storage.ErrInUse }
+
+// lockHolder finds a process that has a lock on the byte. The kernel names
+// none for locks of this kind, but shows them with each open file.
+func lockHolder(fd, at int) string {
+	var st unix.Stat_t
+	if unix.Fstat(fd, &st) != nil {
+		return ""
+	}
+	inode := fmt.Sprintf("%02x:%02x:%d", unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino)
+	infos, _ := filepath.Glob("/proc/[0-9]*/fdinfo/*")
+	self := strconv.Itoa(os.Getpid())
+	for _, info := range infos {
+		process := strings.Split(info, "/")[2]
+		if process == self && filepath.Base(info) == strconv.Itoa(fd) || !hasLock(info, inode, at) {
+			continue
+		}
+		if process == self {
+			return thisProcess
+		}
+		name, err := os.ReadFile("/proc/" + process + "/comm")
+		if err != nil {
+			continue
+		}
+		return strings.TrimSpace(string(name)) + ", process " + process
+	}
+	return ""
+}
+
+// hasLock reports whether an open file has a lock on the byte of inode. Its
+// lines look so:
+//
+//	lock:	1: OFDLCK  ADVISORY  READ -1 fe:00:1234 100 101
+func hasLock(info, inode string, at int) bool {
+	f, err := os.Open(info)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		words := strings.Fields(lines.Text())
+		if len(words) != 9 || words[0] != "lock:" || words[6] != inode {
+			continue
+		}
+		first, err := strconv.Atoi(words[7])
+		if err != nil || first > at {
+			continue
+		}
+		if last, err := strconv.Atoi(words[8]); words[8] == "EOF" || err == nil && at <= last {
+			return true
+		}
+	}
+	return false
+}

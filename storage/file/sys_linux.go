@@ -1,0 +1,297 @@
+package file
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/imgnbd/imgnbd/storage"
+)
+
+// A node is what openNode opened and found out.
+type node struct {
+	fd    int
+	block bool
+	info  storage.Info
+	try   tryMethod
+
+	sector       int64   // of a block device, in bytes
+	directBlock  int64   // what direct I/O demands of offsets and lengths
+	directMemory uintptr // and of memory
+}
+
+// openNode opens a regular file or a block device. It first takes hold of the
+// node without opening it, looks at it, and then opens what it holds, so that
+// neither a driver nor the other end of a FIFO ever notices, and nobody can
+// exchange the node in between.
+func openNode(path string, opt storage.Options) (*node, error) {
+	held, err := hold(path, opt)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(held)
+	var before unix.Stat_t
+	if err := unix.Fstat(held, &before); err != nil {
+		return nil, err
+	}
+	if err := checkKind(before.Mode); err != nil {
+		return nil, err
+	}
+
+	// Without O_NONBLOCK a lease of somebody else could make open wait.
+	flags := unix.O_CLOEXEC | unix.O_NOCTTY | unix.O_NONBLOCK
+	if opt.Access == storage.Read {
+		flags |= unix.O_RDONLY
+	} else {
+		flags |= unix.O_RDWR
+	}
+	if opt.Direct {
+		flags |= unix.O_DIRECT
+	}
+	fd, err := open("/proc/self/fd/"+strconv.Itoa(held), flags, 0)
+	if err == unix.ENOENT { // no /proc
+		fd, err = open(path, flags, 0)
+	}
+	switch {
+	case err == unix.EINVAL && opt.Direct:
+		return nil, &storage.Hint{
+			Err:    fmt.Errorf("the file system has no direct I/O: %w", err),
+			Advice: "Choose a cache mode that uses the page cache (writeback or writethrough).",
+		}
+	case err != nil:
+		return nil, err
+	}
+	n, err := examine(fd, &before, opt)
+	if err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
+	return n, nil
+}
+
+// hold returns a descriptor that refers to the node without opening it.
+func hold(path string, opt storage.Options) (int, error) {
+	for try := 0; ; try++ {
+		fd, err := open(path, unix.O_PATH|unix.O_CLOEXEC, 0)
+		if err != unix.ENOENT || !opt.Create || opt.Access == storage.Read {
+			return fd, err
+		}
+		fd, err = open(path, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_CLOEXEC, 0o644)
+		if err == nil {
+			return fd, syncDir(filepath.Dir(path))
+		}
+		// Somebody else made it first, or it is a link to nowhere.
+		if err != unix.EEXIST || try == 2 {
+			return -1, err
+		}
+	}
+}
+
+// syncDir makes the name of a new file durable.
+func syncDir(dir string) error {
+	f, err := os.Open(dir)
+	if errors.Is(err, fs.ErrPermission) {
+		return nil // a directory that may be written but not read
+	}
+	if err == nil {
+		err = f.Sync()
+		f.Close()
+	}
+	if pe, ok := errors.AsType[*fs.PathError](err); ok {
+		err = pe.Err
+	}
+	if err == unix.EINVAL || unsupported(err) {
+		return nil // a file system whose directories cannot be synced
+	}
+	return err
+}
+
+func checkKind(mode uint32) error {
+	kind := "of an unknown kind"
+	switch mode & unix.S_IFMT {
+	case unix.S_IFREG, unix.S_IFBLK:
+		return nil
+	case unix.S_IFDIR:
+		return fmt.Errorf("is a directory, not a file or a block device: %w", unix.EISDIR)
+	case unix.S_IFIFO:
+		kind = "a FIFO"
+	case unix.S_IFSOCK:
+		kind = "a socket"
+	case unix.S_IFCHR:
+		kind = "a character device"
+	}
+	return fmt.Errorf("is %s, not a file or a block device", kind)
+}
+
+// examine says what fd is; before is what was held.
+func examine(fd int, before *unix.Stat_t, opt storage.Options) (*node, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, err
+	}
+	if st.Dev != before.Dev || st.Ino != before.Ino || st.Mode&unix.S_IFMT != before.Mode&unix.S_IFMT {
+		return nil, errors.New("was replaced while it was opened")
+	}
+	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
+	if err == nil {
+		_, err = unix.FcntlInt(uintptr(fd), unix.F_SETFL, flags&^unix.O_NONBLOCK)
+	}
+	if err != nil {
+		return nil, err
+	}
+
+	page := int64(os.Getpagesize())
+	n := &node{fd: fd, block: st.Mode&unix.S_IFMT == unix.S_IFBLK, try: tryNoWait, sector: 512}
+	disk := st.Dev
+	n.info.ID = fmt.Sprintf("file %d:%d %d", unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino)
+	preferred := int64(st.Blksize)
+	if n.block {
+		disk = st.Rdev
+		n.info.ID = fmt.Sprintf("device %d:%d", unix.Major(disk), unix.Minor(disk))
+		if ro, err := unix.IoctlGetUint32(fd, unix.BLKROGET); err == nil && ro != 0 && opt.Access != storage.Read {
+			return nil, fmt.Errorf("the block device is %w", storage.ErrReadOnly)
+		}
+		sector, err := unix.IoctlGetUint32(fd, unix.BLKSSZGET)
+		if err != nil {
+			return nil, err
+		}
+		n.sector = int64(sector)
+		if best, err := unix.IoctlGetUint32(fd, unix.BLKIOOPT); err == nil {
+			preferred = int64(best)
+		}
+	} else if inMemory(fd) {
+		n.try = tryMemory
+	}
+
+	writable := opt.Access != storage.Read
+	n.info.FastZero = writable && (!n.block || queueAttr(disk, "write_zeroes_max_bytes") > 0)
+	n.info.Discard = writable && (!n.block || queueAttr(disk, "discard_max_bytes") > 0)
+	n.info.Rotational = queueAttr(disk, "rotational") > 0
+	n.info.QueueDepth = 32
+	n.info.Alignment = int(page)
+	if opt.Direct {
+		if err := n.findAlignment(); err != nil {
+			return nil, err
+		}
+		n.info.Alignment = int(n.directBlock)
+	}
+	n.info.PreferredIO = int(min(max(preferred, int64(n.info.Alignment), page), 1<<20))
+	n.info.PreferredIO = int(roundUp(int64(n.info.PreferredIO), int64(n.info.Alignment)))
+	return n, nil
+}
+
+// findAlignment asks what direct I/O demands. Before Linux 6.1 only a block
+// device tells; for a file a page is then enough, or the open has failed.
+func (n *node) findAlignment() error {
+	n.directBlock = max(n.sector, 512)
+	if !n.block {
+		n.directBlock = max(int64(os.Getpagesize()), 4096)
+	}
+	n.directMemory = uintptr(n.directBlock)
+	var st unix.Statx_t
+	err := unix.Statx(n.fd, "", unix.AT_EMPTY_PATH, unix.STATX_DIOALIGN, &st)
+	if err != nil || st.Mask&unix.STATX_DIOALIGN == 0 {
+		return nil
+	}
+	if st.Dio_offset_align == 0 {
+		return errors.New("the file has no direct I/O")
+	}
+	n.directBlock = max(int64(st.Dio_offset_align), 512)
+	n.directMemory = max(uintptr(st.Dio_mem_align), 1)
+	return nil
+}
+
+// inMemory reports whether the file system keeps its files in memory only.
+func inMemory(fd int) bool {
+	var st unix.Statfs_t
+	if retry(func() error { return unix.Fstatfs(fd, &st) }) != nil {
+		return false
+	}
+	return st.Type == unix.TMPFS_MAGIC || st.Type == unix.RAMFS_MAGIC
+}
+
+// queueAttr returns a number that the kernel tells of a disk or of the disk
+// that a partition lies on, 0 if it does not.
+func queueAttr(dev uint64, name string) int64 {
+	dir := fmt.Sprintf("/sys/dev/block/%d:%d/", unix.Major(dev), unix.Minor(dev))
+	for _, queue := range []string{"queue/", "../queue/"} {
+		if text, err := os.ReadFile(dir + queue + name); err == nil {
+			n, _ := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
+			return n
+		}
+	}
+	return 0
+}
+
+func open(path string, flags int, mode uint32) (fd int, err error) {
+	err = retry(func() error {
+		fd, err = unix.Open(path, flags, mode)
+		return err
+	})
+	return fd, err
+}
+
+func sizeOf(fd int, block bool) (int64, error) {
+	if block {
+		var size uint64
+		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.BLKGETSIZE64, uintptr(unsafe.Pointer(&size)))
+		if errno != 0 {
+			return 0, errno
+		}
+		return int64(size), nil
+	}
+	var st unix.Stat_t
+	err := unix.Fstat(fd, &st)
+	return st.Size, err
+}
+
+// preadNoWait reads what is there without waiting for a medium; EAGAIN says
+// that nothing is.
+func preadNoWait(fd int, p []byte, off int64) (int, error) {
+	v := unix.Iovec{Base: unsafe.SliceData(p)}
+	v.SetLen(len(p))
+	n, _, errno := unix.Syscall6(unix.SYS_PREADV2, uintptr(fd), uintptr(unsafe.Pointer(&v)), 1, uintptr(off), uintptr(uint64(off)>>32), unix.RWF_NOWAIT)
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(n), nil
+}
+
+func datasync(fd int) error { return unix.Fdatasync(fd) }
+
+func punchHole(fd int, off, n int64) error {
+	return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+}
+
+// zeroRange zeroes and keeps allocated; a file grows.
+func zeroRange(fd int, off, n int64) error {
+	return unix.Fallocate(fd, unix.FALLOC_FL_ZERO_RANGE, off, n)
+}
+
+func allocate(fd int, off, n int64) error { return unix.Fallocate(fd, 0, off, n) }
+
+func discardBlocks(fd int, off, n int64) error {
+	span := [2]uint64{uint64(off), uint64(n)}
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.BLKDISCARD, uintptr(unsafe.Pointer(&span)))
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+const (
+	seekData = unix.SEEK_DATA
+	seekHole = unix.SEEK_HOLE
+)
+
+func seek(fd int, off int64, whence int) (int64, error) {
+	return syscall.Seek(fd, off, whence)
+}
