@@ -143,11 +143,11 @@ func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	n, err := d.store.ReadAt(p, d.start+off)
-	if n == len(p) {
+	if err == nil && n == len(p) {
 		return n, nil
 	}
 	if err == nil || errors.Is(err, io.EOF) {
-		if off+int64(n) >= d.stored {
+		if n == len(p) || off+int64(n) >= d.stored {
 			clear(p[n:])
 			return len(p), nil
 		}
