@@ -1,0 +1,102 @@
+package export
+
+import (
+	"math/bits"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	headRoom = 4096 // in front of a buffer's data, so that a reply's header fits and the data stays aligned
+
+	minClass = 12 // 4 KiB
+	maxClass = 25 // 32 MiB: nbd.MaxPayload
+
+	keepFree = 64 << 20 // bytes that a pool keeps for the next request
+)
+
+// A buffer is page-aligned memory outside the collector's reach, so that
+// large payloads cause no collections.
+type buffer struct {
+	mem   []byte // headRoom and the data
+	class int
+}
+
+// data returns the first n bytes of data.
+func (b *buffer) data(n int) []byte { return b.mem[headRoom : headRoom+n : headRoom+n] }
+
+// withHead returns the first n bytes of data with the h bytes before them.
+func (b *buffer) withHead(h, n int) []byte { return b.mem[headRoom-h : headRoom+n] }
+
+// A bufferPool keeps buffers by size. The zero value is ready.
+type bufferPool struct {
+	mu     sync.Mutex
+	free   [maxClass + 1][]*buffer
+	kept   int64
+	closed bool
+	out    int // buffers that were taken and not returned
+}
+
+// bufferSize returns what a buffer for n bytes of data occupies.
+func bufferSize(n int) int64 { return headRoom + 1<<classOf(n) }
+
+func classOf(n int) int { return max(bits.Len(uint(max(n, 1)-1)), minClass) }
+
+// get returns a buffer for n bytes, at most 32 MiB. Its contents are undefined.
+func (p *bufferPool) get(n int) (*buffer, error) {
+	c := classOf(n)
+	p.mu.Lock()
+	p.out++
+	if l := len(p.free[c]); l > 0 {
+		b := p.free[c][l-1]
+		p.free[c] = p.free[c][:l-1]
+		p.kept -= int64(len(b.mem))
+		p.mu.Unlock()
+		return b, nil
+	}
+	p.mu.Unlock()
+	mem, err := mapMemory(headRoom + 1<<c)
+	if err != nil {
+		p.mu.Lock()
+		p.out--
+		p.mu.Unlock()
+		return nil, err
+	}
+	return &buffer{mem: mem, class: c}, nil
+}
+
+func (p *bufferPool) put(b *buffer) {
+	p.mu.Lock()
+	p.out--
+	keep := !p.closed && p.kept+int64(len(b.mem)) <= keepFree
+	if keep {
+		p.free[b.class] = append(p.free[b.class], b)
+		p.kept += int64(len(b.mem))
+	}
+	p.mu.Unlock()
+	if !keep {
+		unmapMemory(b.mem)
+	}
+}
+
+// drain gives all free buffers back to the system, and those that come later.
+func (p *bufferPool) drain() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.closed = true
+	for c := range p.free {
+		for _, b := range p.free[c] {
+			unmapMemory(b.mem)
+		}
+		p.free[c] = nil
+	}
+	p.kept = 0
+}
+
+// mapMemory returns n zeroed bytes. Pages that are not touched cost nothing.
+func mapMemory(n int) ([]byte, error) {
+	return unix.Mmap(-1, 0, n, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+}
+
+func unmapMemory(mem []byte) { _ = unix.Munmap(mem) } // fails only for what was never mapped

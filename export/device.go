@@ -1,0 +1,142 @@
+package export
+
+import (
+	"runtime"
+	"sync"
+	"sync/atomic"
+
+	"github.com/imgnbd/imgnbd/image"
+)
+
+// A device is a Device with what its connections share: workers, so that a
+// device that stalls holds up no other, and flushes.
+type device struct {
+	image.Device
+	users int // sessions; guarded by Server.mu
+
+	mu      sync.Mutex // guards the fields below
+	queue   taskList   // waiting for a worker
+	workers int
+	limit   int
+
+	// A flush covers every write that has been answered, on any connection.
+	// So one Device.Flush serves all flushes that were asked for before it
+	// began; those that come while it runs wait for the next.
+	flushMu  sync.Mutex // guards the fields below
+	flushes  taskList
+	flushing bool
+
+	committing atomic.Bool // a flush runs: writes are slow now
+	dirty      atomic.Bool // written to since the last flush began
+}
+
+func newDevice(d image.Device) *device {
+	limit := min(max(4*runtime.GOMAXPROCS(0), d.Info().QueueDepth, 16), 64)
+	return &device{Device: d, limit: limit}
+}
+
+// submit has t done by a worker. It never waits: the budgets of connections
+// bound what can be queued.
+func (d *device) submit(t *task) {
+	d.mu.Lock()
+	d.queue.push(t)
+	start := d.workers < d.limit
+	if start {
+		d.workers++
+	}
+	d.mu.Unlock()
+	if start {
+		go d.work()
+	}
+}
+
+// work does what is queued and ends.
+func (d *device) work() {
+	for {
+		d.mu.Lock()
+		t := d.queue.pop()
+		if t == nil {
+			d.workers--
+			d.mu.Unlock()
+			return
+		}
+		d.mu.Unlock()
+		t.session.perform(t)
+	}
+}
+
+// flush has t answered after a flush that begins after this call.
+func (d *device) flush(t *task) {
+	d.flushMu.Lock()
+	d.flushes.push(t)
+	start := !d.flushing
+	d.flushing = true
+	d.flushMu.Unlock()
+	if start {
+		go d.commit()
+	}
+}
+
+// commit flushes until nobody waits for it.
+func (d *device) commit() {
+	for {
+		d.flushMu.Lock()
+		group := d.flushes
+		d.flushes = taskList{}
+		if group.head == nil {
+			d.flushing = false
+			d.flushMu.Unlock()
+			return
+		}
+		d.flushMu.Unlock()
+
+		d.committing.Store(true)
+		err := d.sync()
+		d.committing.Store(false)
+		for t := group.pop(); t != nil; t = group.pop() {
+			t.session.flushed(t, err)
+		}
+	}
+}
+
+// sync flushes the device.
+func (d *device) sync() error {
+	d.dirty.Store(false)
+	err := d.Flush()
+	if err != nil {
+		d.dirty.Store(true)
+	}
+	return err
+}
+
+// touched notes a write.
+func (d *device) touched() {
+	if !d.dirty.Load() {
+		d.dirty.Store(true)
+	}
+}
+
+// A taskList is a queue of tasks, linked through them.
+type taskList struct{ head, tail *task }
+
+func (l *taskList) push(t *task) {
+	t.next = nil
+	if l.tail == nil {
+		l.head = t
+	} else {
+		l.tail.next = t
+	}
+	l.tail = t
+}
+
+func (l *taskList) pop() *task {
+	t := l.head
+	if t == nil {
+		return nil
+	}
+	if l.head = t.next; l.head == nil {
+		l.tail = nil
+	}
+	t.next = nil
+	return t
+}

@@ -1,0 +1,206 @@
+package export
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync/atomic"
+	"time"
+
+	"github.com/imgnbd/imgnbd/internal/nbd"
+)
+
+// A session is one connection, from accepting to closing. Its methods are
+// called by the goroutine in run, but for stop, cut, perform and flushed.
+type session struct {
+	srv    *Server
+	client *Client
+	conn   net.Conn
+	ctx    context.Context // ends with the connection
+	cancel context.CancelFunc
+
+	stopping atomic.Bool // by Shutdown
+	late     atomic.Bool // the handshake took too long
+
+	*agreement // nil until the handshake has ended
+	dev        *device
+	out        sender
+	line       line
+}
+
+func newSession(s *Server, conn net.Conn) *session {
+	ctx, cancel := context.WithCancel(context.Background())
+	return &session{srv: s, client: &Client{Addr: conn.RemoteAddr()}, conn: conn, ctx: ctx, cancel: cancel}
+}
+
+// stop makes the session end once what it has accepted is done.
+func (s *session) stop() {
+	s.stopping.Store(true)
+	if s.conn.SetReadDeadline(time.Unix(1, 0)) != nil {
+		s.cut() // a stream that knows no deadlines has no gentler end
+	}
+}
+
+// cut ends the connection.
+func (s *session) cut() {
+	s.cancel()
+	s.conn.Close()
+}
+
+// run serves the connection to its end.
+func (s *session) run() error {
+	s.state(StateNew)
+	err := s.serve()
+	s.cut()
+	switch {
+	case s.late.Load():
+		err = fmt.Errorf("handshake took longer than %v", s.srv.Limits.Handshake)
+	case s.stopping.Load() && errors.Is(err, os.ErrDeadlineExceeded):
+		err = ErrServerClosed
+	}
+	if err != nil {
+		s.srv.Log.Info("connection ended", "client", s.client.Addr, "err", err)
+	}
+	s.state(StateClosed)
+	s.srv.leave(s)
+	return err
+}
+
+func (s *session) state(st State) {
+	if s.srv.ConnState != nil {
+		s.srv.ConnState(s.client, st)
+	}
+}
+
+func (s *session) serve() error {
+	if c, ok := s.conn.(*net.TCPConn); ok {
+		// For speed and for dead peers; neither is worth refusing a client.
+		_ = c.SetNoDelay(true)
+		_ = c.SetKeepAlive(true)
+	}
+	agreed, err := s.handshake()
+	if agreed == nil {
+		return err
+	}
+	s.agreement = agreed
+	defer s.release(agreed.export)
+	defer s.srv.exit(agreed.export)
+	s.dev = s.srv.device(agreed.export.Device)
+	defer s.srv.putDevice(s.dev)
+	s.srv.Log.Debug("client agreed", "client", s.client.Addr, "export", agreed.name,
+		"flags", agreed.flags, "structured", agreed.structured, "extended", agreed.extended)
+	s.state(StateActive)
+	return s.transmit(newTransport(s.conn))
+}
+
+// handshake returns what was agreed on; nil if the client left without.
+func (s *session) handshake() (*agreement, error) {
+	if limit := s.srv.Limits.Handshake; limit > 0 {
+		timer := time.AfterFunc(limit, func() {
+			s.late.Store(true)
+			s.cut()
+		})
+		defer timer.Stop()
+	}
+	if s.srv.Authorize != nil {
+		if err := s.srv.Authorize(s.ctx, s.client); err != nil {
+			return nil, fmt.Errorf("client refused: %w", err)
+		}
+	}
+	hello := binary.BigEndian.AppendUint64(nil, nbd.Magic)
+	hello = binary.BigEndian.AppendUint64(hello, nbd.MagicOption)
+	hello = binary.BigEndian.AppendUint16(hello, nbd.FlagFixedNewstyle|nbd.FlagNoZeroes)
+	if _, err := s.conn.Write(hello); err != nil {
+		return nil, err
+	}
+	var flags [4]byte
+	if _, err := io.ReadFull(s.conn, flags[:]); err != nil {
+		if err == io.EOF {
+			return nil, nil // someone looked whether the port is open
+		}
+		return nil, err
+	}
+	n, err := negotiate(s, binary.BigEndian.Uint32(flags[:]))
+	if err != nil {
+		return nil, err
+	}
+	defer n.close()
+	for {
+		o, err := readOption(s.conn)
+		if err == io.EOF {
+			return nil, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		answer, next := n.handle(o)
+		_, err = s.conn.Write(answer)
+		if next == transmit {
+			if err != nil {
+				s.srv.exit(n.agreed.export)
+				s.release(n.agreed.export)
+				return nil, err
+			}
+			return n.agreed, nil
+		}
+		if next == hangup || err != nil {
+			return nil, err
+		}
+	}
+}
+
+// readOption reads one option and not a byte more.
+func readOption(r io.Reader) (option, error) {
+	var head [16]byte
+	if _, err := io.ReadFull(r, head[:]); err != nil {
+		return option{}, err
+	}
+	if magic := binary.BigEndian.Uint64(head[:]); magic != nbd.MagicOption {
+		return option{}, fmt.Errorf("bad option magic %#x", magic)
+	}
+	o := option{id: nbd.Option(binary.BigEndian.Uint32(head[8:]))}
+	size := binary.BigEndian.Uint32(head[12:])
+	if size > maxOption {
+		return option{}, fmt.Errorf("option %v has %d bytes, the limit is %d", o.id, size, maxOption)
+	}
+	o.data = make([]byte, size)
+	if _, err := io.ReadFull(r, o.data); err != nil {
+		return option{}, fmt.Errorf("option %v ends early: %w", o.id, err)
+	}
+	return o, nil
+}
+
+// The session is the exporter of its negotiation.
+
+var errNoList = errors.New("listing is off")
+
+func (s *session) list() ([]Info, error) {
+	if s.srv.List == nil {
+		return nil, errNoList
+	}
+	infos, err := s.srv.List(s.ctx, s.client)
+	if err != nil {
+		s.srv.Log.Warn("cannot list the exports", "client", s.client.Addr, "err", err)
+	}
+	return infos, err
+}
+
+func (s *session) open(name string) (*Export, error) {
+	e, err := s.srv.Open(s.ctx, s.client, name)
+	if err != nil {
+		s.srv.Log.Warn("cannot open the export", "client", s.client.Addr, "export", name, "err", err)
+	}
+	return e, err
+}
+
+func (s *session) release(e *Export) {
+	if e.Release != nil {
+		e.Release()
+	}
+}
+
+func (s *session) enter(e *Export) bool { return s.srv.enter(e) }

@@ -1,0 +1,230 @@
+package export
+
+import (
+	"errors"
+	"io"
+	"net"
+	"os"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// A socket is a transport over a descriptor, without the copies, locks and
+// allocations of net.Conn. It waits in the runtime's poller; the deadlines of
+// the net.Conn hold.
+type socket struct {
+	rc   syscall.RawConn
+	file bool // sendfile pays
+
+	// The functions that the poller calls are made once, and talk through
+	// these fields: a closure for each call would be garbage for each call.
+	rd struct {
+		fn, peek func(fd uintptr) bool
+		iov      [][]byte
+		arr      [2][]byte
+		n        int
+		err      error
+	}
+	wr struct {
+		fn, poll func(fd uintptr) bool
+		iov      [][]byte
+		wait     bool
+		err      error
+	}
+	sf struct {
+		fn   func(fd uintptr) bool
+		use  func(src uintptr)
+		file *os.File
+		rc   syscall.RawConn // of file
+		src  int
+		off  int64
+		n    int
+		err  error
+	}
+}
+
+// sendBuffer is asked for on Unix sockets, in bytes, so that a large reply
+// leaves in one call.
+const sendBuffer = 2 << 20
+
+// newTransport returns the best transport for conn.
+func newTransport(conn net.Conn) transport {
+	sc, ok := conn.(syscall.Conn)
+	if !ok {
+		return stream{conn}
+	}
+	rc, err := sc.SyscallConn()
+	if err != nil {
+		return stream{conn}
+	}
+	s := &socket{rc: rc}
+	if _, unixSocket := conn.(*net.UnixConn); unixSocket {
+		s.file = canSendFile
+		setSendBuffer(rc, sendBuffer)
+	}
+	s.rd.fn, s.rd.peek = s.readNow, s.peekNow
+	s.wr.fn, s.wr.poll = s.writeNow, s.pollNow
+	s.sf.fn, s.sf.use = s.sendFileNow, s.useFile
+	return s
+}
+
+func (s *socket) read(a, b []byte) (int, error) {
+	s.rd.arr = [2][]byte{a, b}
+	s.rd.iov = s.rd.arr[:1]
+	if len(b) > 0 {
+		s.rd.iov = s.rd.arr[:]
+	}
+	if err := s.rc.Read(s.rd.fn); err != nil {
+		return 0, err
+	}
+	if s.rd.err == nil && s.rd.n == 0 {
+		return 0, io.EOF
+	}
+	return s.rd.n, s.rd.err
+}
+
+func (s *socket) readNow(fd uintptr) bool {
+	for {
+		if len(s.rd.iov) == 1 {
+			s.rd.n, s.rd.err = unix.Read(int(fd), s.rd.iov[0])
+		} else {
+			s.rd.n, s.rd.err = unix.Readv(int(fd), s.rd.iov)
+		}
+		switch s.rd.err {
+		case unix.EINTR:
+		case unix.EAGAIN:
+			return false
+		default:
+			return true
+		}
+	}
+}
+
+func (s *socket) ready() (bool, error) {
+	if err := s.rc.Read(s.rd.peek); err != nil {
+		return false, err
+	}
+	return true, nil // an error of the socket is for read to find
+}
+
+func (s *socket) peekNow(fd uintptr) bool {
+	var b [1]byte
+	for {
+		_, _, err := unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK)
+		switch err {
+		case unix.EINTR:
+		case unix.EAGAIN:
+			return false
+		default:
+			return true
+		}
+	}
+}
+
+func (s *socket) write(iov [][]byte, wait bool) ([][]byte, error) {
+	s.wr.iov, s.wr.wait, s.wr.err = iov, wait, nil
+	err := s.rc.Write(s.wr.fn)
+	if err == nil {
+		err = s.wr.err
+	}
+	return s.wr.iov, err
+}
+
+// maxIOV is how many pieces one call takes. Up to so many unix.Writev needs no
+// memory.
+const maxIOV = 8
+
+func (s *socket) writeNow(fd uintptr) bool {
+	for len(s.wr.iov) > 0 {
+		n, err := 0, error(nil)
+		if len(s.wr.iov) == 1 {
+			n, err = unix.Write(int(fd), s.wr.iov[0])
+		} else {
+			n, err = unix.Writev(int(fd), s.wr.iov[:min(len(s.wr.iov), maxIOV)])
+		}
+		switch {
+		case err == unix.EINTR:
+		case err == unix.EAGAIN:
+			return !s.wr.wait
+		case err != nil:
+			s.wr.err = err
+			return true
+		default:
+			s.wr.iov = advance(s.wr.iov, n)
+		}
+	}
+	return true
+}
+
+// advance removes the first n bytes of iov.
+func advance(iov [][]byte, n int) [][]byte {
+	for len(iov) > 0 && n >= len(iov[0]) {
+		n -= len(iov[0])
+		iov = iov[1:]
+	}
+	if n > 0 {
+		iov[0] = iov[0][n:]
+	}
+	return iov
+}
+
+func (s *socket) writable() error {
+	return s.rc.Write(s.wr.poll)
+}
+
+// pollNow asks the kernel, since the runtime's poller reports only changes,
+// and forgets one that came before it began to wait.
+func (s *socket) pollNow(fd uintptr) bool {
+	p := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
+	n, err := unix.Poll(p[:], 0)
+	return n > 0 || err != nil && err != unix.EINTR
+}
+
+func (s *socket) sendsFiles() bool { return s.file }
+
+func (s *socket) sendFile(f *os.File, off int64, n int) (int, error) {
+	if s.sf.file != f {
+		rc, err := f.SyscallConn()
+		if err != nil {
+			return 0, err
+		}
+		s.sf.file, s.sf.rc = f, rc
+	}
+	s.sf.off, s.sf.n, s.sf.err = off, n, nil
+	if err := s.sf.rc.Control(s.sf.use); err != nil { // it keeps f open meanwhile
+		return 0, err
+	}
+	return s.sf.n, s.sf.err
+}
+
+func (s *socket) useFile(src uintptr) {
+	s.sf.src = int(src)
+	if err := s.rc.Write(s.sf.fn); err != nil {
+		s.sf.n, s.sf.err = 0, err
+	}
+}
+
+func (s *socket) sendFileNow(fd uintptr) bool {
+	for {
+		n, err := sendFile(int(fd), s.sf.src, s.sf.off, s.sf.n)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if errors.Is(err, unix.EAGAIN) {
+			err = errAgain
+		}
+		s.sf.n, s.sf.err = max(n, 0), err
+		return true
+	}
+}
+
+// setSendBuffer asks for a send buffer, beyond what an ordinary process may
+// have if this one may.
+func setSendBuffer(rc syscall.RawConn, size int) {
+	_ = rc.Control(func(fd uintptr) { // only speed depends on it
+		if forceSendBuffer(int(fd), size) != nil {
+			_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF, size)
+		}
+	})
+}

@@ -1,0 +1,388 @@
+package export
+
+import (
+	"errors"
+	"io"
+	"time"
+
+	"github.com/imgnbd/imgnbd/image"
+	"github.com/imgnbd/imgnbd/internal/nbd"
+)
+
+// Transmission. The goroutine of the session is the line: it takes what has
+// arrived, serves every request in it that needs no waiting, and sends the
+// replies together. What would wait becomes a task for the workers of the
+// device, and the line goes on.
+
+const (
+	lineInput   = 256 << 10          // bytes taken at once
+	lineBatch   = 128 << 10          // bytes of replies that are sent at once
+	lineMemory  = 1<<20 + lineInput  // each way; pages cost nothing until used
+	largeRead   = 64 << 10           // reads from here on are looked at by extent
+	largeWrite  = 64 << 10           // payloads beyond go to a buffer of their own
+	expectLimit = lineMemory - 4<<10 // payloads up to so many bytes are expected
+
+	// A write that took longer sends those after it to the workers for a
+	// while: the medium or the page cache has had enough.
+	slowWrite        = time.Millisecond
+	slowWritePerByte = time.Nanosecond
+	slowWritePause   = 100 * time.Millisecond
+)
+
+// A line is the state of the goroutine that reads the connection.
+type line struct {
+	in     []byte // in[r:w] has arrived and was not served
+	r, w   int
+	out    []byte // replies that were not sent
+	expect int    // the payload of the last large write, in bytes; another may follow
+
+	slowUntil time.Time // writes go to workers
+
+	extents []image.Extent
+	runs    []run
+	probe   [512]byte
+}
+
+// errLeft is the orderly end of a connection.
+var errLeft = errors.New("client left")
+
+// transmit serves requests until the client leaves or something breaks, and
+// returns when all of them have been answered.
+func (s *session) transmit(t transport) (err error) {
+	in, err := mapMemory(lineMemory)
+	if err != nil {
+		return err
+	}
+	defer unmapMemory(in)
+	out, err := mapMemory(lineMemory)
+	if err != nil {
+		return err
+	}
+	defer unmapMemory(out)
+	s.line.in, s.line.out = in, out[:0]
+	s.out.init(t, func(error) { s.cut() }, s.endTask)
+
+	err = s.serveRequests()
+	sendErr := s.sendOut()
+	if waitErr := s.out.wait(); sendErr == nil {
+		sendErr = waitErr
+	}
+	if s.stopping.Load() && s.dev.dirty.Load() {
+		if flushErr := s.dev.sync(); flushErr != nil {
+			s.srv.flushFailed(flushErr)
+			return flushErr
+		}
+	}
+	if errors.Is(err, errLeft) || errors.Is(err, io.EOF) {
+		err = nil
+	}
+	if err == nil || errors.Is(err, errEnded) {
+		err = sendErr
+	}
+	return err
+}
+
+func (s *session) serveRequests() error {
+	for {
+		if err := s.serveInput(); err != nil {
+			return err
+		}
+		if err := s.sendOut(); err != nil {
+			return err
+		}
+		if err := s.fill(); err != nil {
+			return err
+		}
+	}
+}
+
+// sendOut sends the replies that the line has made.
+func (s *session) sendOut() error {
+	l := &s.line
+	if len(l.out) == 0 {
+		return nil
+	}
+	err := s.out.send(l.out)
+	l.out = l.out[:0]
+	return err
+}
+
+// fill waits for more input.
+func (s *session) fill() error {
+	l := &s.line
+	if l.r == l.w {
+		l.r, l.w = 0, 0
+		if l.expect > 0 {
+			return s.fillExpecting()
+		}
+	} else if l.r > 0 {
+		l.w = copy(l.in, l.in[l.r:l.w])
+		l.r = 0
+	}
+	n, err := s.out.t.read(l.in[l.w:lineInput], nil)
+	l.w += n
+	return err
+}
+
+// fillExpecting is fill after a large write: if another of that length comes,
+// its payload arrives where it is written from.
+func (s *session) fillExpecting() error {
+	l := &s.line
+	n := l.expect
+	l.expect = 0
+	// Wait first, so that an idle connection holds no buffer.
+	if ok, err := s.out.t.ready(); !ok {
+		if err != nil {
+			return err
+		}
+		return s.fill()
+	}
+	t, err := s.newTask(&request{}, n, 0)
+	if err != nil {
+		return err
+	}
+	head := s.requestSize()
+	got, err := s.out.t.read(l.in[:head], t.buf.data(n))
+	if err != nil {
+		s.endTask(t)
+		return err
+	}
+	if got >= head {
+		r, err := s.decode(l.in)
+		if err == nil && r.cmd == nbd.CmdWrite && r.n() == int64(n) && s.validate(&r) == nil {
+			t.req, t.off, t.n = r, r.off(), r.n()
+			return s.finishWrite(t, got-head)
+		}
+		copy(l.in[head:], t.buf.data(got-head))
+	}
+	l.w = got
+	s.endTask(t)
+	return nil
+}
+
+// serveInput serves the requests that have arrived as a whole.
+func (s *session) serveInput() error {
+	l := &s.line
+	head := s.requestSize()
+	for l.w-l.r >= head {
+		r, err := s.decode(l.in[l.r:])
+		if err != nil {
+			return err
+		}
+		if r.cmd == nbd.CmdDisc {
+			return errLeft
+		}
+		size := s.payload(&r)
+		refused := s.validate(&r)
+		if refused == nil && r.cmd == nbd.CmdBlockStatus && size > maxStatusQuery {
+			refused = refuse(nbd.EINVAL, "CMD_BLOCK_STATUS payload not valid")
+		}
+		if refused != nil {
+			l.r += head
+			if err := s.refuse(&r, refused, size); err != nil {
+				return err
+			}
+			continue
+		}
+		n := int(size)
+		if l.w-l.r-head < n {
+			if n <= largeWrite {
+				return nil
+			}
+			l.r += head
+			if err := s.takeWrite(&r); err != nil {
+				return err
+			}
+			continue
+		}
+		payload := l.in[l.r+head : l.r+head+n]
+		l.r += head + n
+		if err := s.do(&r, payload); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// reply makes room for n bytes in the replies of the line.
+func (s *session) room(n int) error {
+	if l := &s.line; len(l.out)+n > cap(l.out) {
+		return s.sendOut()
+	}
+	return nil
+}
+
+// batched sends the replies of the line if they are enough.
+func (s *session) batched() error {
+	if len(s.line.out) >= lineBatch {
+		return s.sendOut()
+	}
+	return nil
+}
+
+func (s *session) done(r *request) error {
+	if err := s.room(maxReplyHead); err != nil {
+		return err
+	}
+	s.line.out = s.appendDone(s.line.out, r)
+	return s.batched()
+}
+
+func (s *session) reject(r *request, f *refusal) error {
+	if err := s.room(maxReplyHead + 6 + len(f.text)); err != nil {
+		return err
+	}
+	s.line.out = s.appendError(s.line.out, r, f)
+	return s.batched()
+}
+
+// refuse answers a request that is not done and skips its payload.
+func (s *session) refuse(r *request, f *refusal, payload uint64) error {
+	s.srv.Log.Debug("request refused", "client", s.client.Addr, "request", r.cmd, "why", f.text)
+	if err := s.reject(r, f); err != nil {
+		return err
+	}
+	if payload > maxSkip {
+		return errors.New("payload is too long to be skipped")
+	}
+	l := &s.line
+	for {
+		n := min(uint64(l.w-l.r), payload)
+		l.r += int(n)
+		if payload -= n; payload == 0 {
+			return nil
+		}
+		if err := s.sendOut(); err != nil {
+			return err
+		}
+		if err := s.fill(); err != nil {
+			return err
+		}
+	}
+}
+
+// do begins a request that is valid and has arrived as a whole.
+func (s *session) do(r *request, payload []byte) error {
+	if r.length == 0 && r.cmd != nbd.CmdFlush {
+		return s.done(r)
+	}
+	switch r.cmd {
+	case nbd.CmdRead:
+		return s.readHere(r)
+	case nbd.CmdWrite:
+		if s.mayWriteHere(r) {
+			return s.writeHere(r, payload)
+		}
+		t, err := s.newTask(r, len(payload), 0)
+		if err != nil {
+			return err
+		}
+		copy(t.buf.data(len(payload)), payload)
+		s.dev.submit(t)
+		return nil
+	case nbd.CmdFlush:
+		t, err := s.newTask(r, 0, 0)
+		if err != nil {
+			return err
+		}
+		s.dev.flush(t)
+		return nil
+	case nbd.CmdBlockStatus:
+		return s.askStatus(r, payload)
+	}
+	n := 0
+	if r.cmd == nbd.CmdCache {
+		n = int(min(r.n(), cachePiece))
+	}
+	t, err := s.newTask(r, n, 0)
+	if err != nil {
+		return err
+	}
+	s.dev.submit(t)
+	return nil
+}
+
+func (s *session) askStatus(r *request, payload []byte) error {
+	length, want := r.length, s.contexts
+	if r.has(nbd.CmdFlagPayloadLen) {
+		var refused *refusal
+		if length, want, refused = s.statusQuery(r, payload); refused != nil {
+			return s.reject(r, refused)
+		}
+	}
+	t, err := s.newTask(r, 0, int64(len(want))*maxStatus*16)
+	if err != nil {
+		return err
+	}
+	t.n, t.want = int64(length), want
+	s.dev.submit(t)
+	return nil
+}
+
+// mayWriteHere reports whether a write is likely to be short.
+func (s *session) mayWriteHere(r *request) bool {
+	if r.has(nbd.CmdFlagFUA) || s.dev.committing.Load() {
+		return false
+	}
+	l := &s.line
+	return l.slowUntil.IsZero() || time.Now().After(l.slowUntil)
+}
+
+// writeHere writes on the line.
+func (s *session) writeHere(r *request, p []byte) error {
+	s.dev.touched()
+	start := time.Now()
+	err := s.dev.WriteAt(p, s.export.Offset+r.off(), 0)
+	took := time.Since(start)
+	s.line.slowUntil = time.Time{}
+	if took > slowWrite+time.Duration(len(p))*slowWritePerByte {
+		s.line.slowUntil = start.Add(took + slowWritePause)
+	}
+	if err != nil {
+		return s.reject(r, s.failed(r, err))
+	}
+	return s.done(r)
+}
+
+// takeWrite begins a write whose payload is large and has arrived in part.
+func (s *session) takeWrite(r *request) error {
+	t, err := s.newTask(r, int(r.length), 0)
+	if err != nil {
+		return err
+	}
+	l := &s.line
+	have := copy(t.buf.data(int(t.n)), l.in[l.r:l.w])
+	l.r, l.w = 0, 0
+	return s.finishWrite(t, have)
+}
+
+// finishWrite receives the rest of a payload, of which have bytes are there,
+// and writes it. The input is empty.
+func (s *session) finishWrite(t *task, have int) error {
+	l := &s.line
+	p := t.buf.data(int(t.n))
+	for have < len(p) {
+		if err := s.sendOut(); err != nil {
+			s.endTask(t)
+			return err
+		}
+		n, err := s.out.t.read(p[have:], l.in[:lineInput])
+		if err != nil {
+			s.endTask(t)
+			return err
+		}
+		if have += n; have > len(p) {
+			l.w = have - len(p)
+		}
+	}
+	if len(p) <= expectLimit {
+		l.expect = len(p)
+	}
+	if !s.mayWriteHere(&t.req) {
+		s.dev.submit(t)
+		return nil
+	}
+	err := s.writeHere(&t.req, p)
+	s.endTask(t)
+	return err
+}

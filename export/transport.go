@@ -1,0 +1,62 @@
+package export
+
+import (
+	"errors"
+	"net"
+	"os"
+)
+
+// A transport moves the bytes of a connection that transmits. One goroutine
+// reads; writing is serialised by the caller. Closing is done through the
+// net.Conn, and ends both.
+type transport interface {
+	// read waits for at least one byte and reads into a, then b.
+	read(a, b []byte) (int, error)
+
+	// ready waits until read would not wait, or the end of the stream. It
+	// returns false at once if the transport cannot tell.
+	ready() (bool, error)
+
+	// write sends iov, which it may change. With wait it returns when all is
+	// sent; without, as soon as it would have to wait. It returns what is left.
+	write(iov [][]byte, wait bool) (rest [][]byte, err error)
+
+	// writable waits until write would not wait for the first byte.
+	writable() error
+
+	// sendFile sends some of the n bytes at off of f, without waiting and
+	// without a copy: 0 with errAgain if it would have to wait, 0 and no error
+	// at the end of the file.
+	sendFile(f *os.File, off int64, n int) (int, error)
+
+	// sendsFiles reports whether sendFile works, and pays.
+	sendsFiles() bool
+}
+
+var errAgain = errors.New("would wait")
+
+// A stream is a transport over any net.Conn. It always waits: what must not
+// wait is left to the writer of the connection.
+type stream struct{ net.Conn }
+
+func (s stream) read(a, _ []byte) (int, error) { return s.Read(a) }
+
+func (s stream) ready() (bool, error) { return false, nil }
+
+func (s stream) write(iov [][]byte, wait bool) ([][]byte, error) {
+	if !wait {
+		return iov, nil
+	}
+	for ; len(iov) > 0; iov = iov[1:] {
+		if _, err := s.Write(iov[0]); err != nil {
+			return iov, err
+		}
+	}
+	return nil, nil
+}
+
+func (s stream) writable() error { return nil }
+
+func (s stream) sendFile(*os.File, int64, int) (int, error) { return 0, errors.ErrUnsupported }
+
+func (s stream) sendsFiles() bool { return false }
