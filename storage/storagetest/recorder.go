@@ -218,10 +218,11 @@ func (r *Recorder) Discard(off, n int64) error {
 	if err := storage.CheckRange(off, n); err != nil {
 		return err
 	}
-	if size, _ := r.Size(); r.info.Discard && off < size {
-		return r.WriteAt(make([]byte, min(n, size-off)), off, 0)
+	size, err := r.Size()
+	if err != nil || !r.info.Discard || off >= size {
+		return err
 	}
-	return nil
+	return r.WriteAt(make([]byte, min(n, size-off)), off, 0)
 }
 
 func (r *Recorder) Sync() error {
