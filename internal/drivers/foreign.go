@@ -1,0 +1,100 @@
+package drivers
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/lima-vm/go-qcow2reader/image/parallels"
+	"github.com/lima-vm/go-qcow2reader/image/stub"
+	"github.com/lima-vm/go-qcow2reader/image/vdi"
+	"github.com/lima-vm/go-qcow2reader/image/vhdx"
+	"github.com/lima-vm/go-qcow2reader/image/vmdk"
+	"github.com/lima-vm/go-qcow2reader/image/vpc"
+
+	"github.com/imgnbd/imgnbd/image"
+	"github.com/imgnbd/imgnbd/storage"
+)
+
+// foreign are the formats that are recognised in order to be refused by their
+// name: taken for raw, they would be served as rubbish, and a guest could make
+// of a raw disk an image that another program opens as one of them. They are
+// those that QEMU recognises, under QEMU's names.
+func foreign() []image.Format {
+	return []image.Format{
+		other("vmdk", "a VMDK image (VMware)", func(r io.ReaderAt) bool { return recognised(vmdk.Open, r) || vmdkDescriptor(r) }),
+		other("vhdx", "a VHDX image (Hyper-V)", func(r io.ReaderAt) bool { return recognised(vhdx.Open, r) }),
+		other("vpc", "a VHD image (Virtual PC)", func(r io.ReaderAt) bool { return recognised(vpc.Open, r) }),
+		other("vdi", "a VDI image (VirtualBox)", func(r io.ReaderAt) bool { return recognised(vdi.Open, r) }),
+		other("parallels", "a Parallels image", func(r io.ReaderAt) bool { return recognised(parallels.Open, r) }),
+		other("qed", "a QED image", magic("QED\x00")),
+		other("qcow", "a qcow image of version 1", magic("QFI\xfb\x00\x00\x00\x01")),
+		other("luks", "a LUKS container", magic("LUKS\xba\xbe\x00\x01")),
+		other("bochs", "a Bochs image", magic("Bochs Virtual HD Image\x00")),
+		other("cloop", "a cloop image", magic("#!/bin/sh\n#V2.0 Format\nmodprobe cloop file=$0 && mount -r -t iso9660 /dev/cloop $1\n")),
+	}
+}
+
+// other is the row of a format that is known by name only.
+func other(name, what string, probe func(io.ReaderAt) bool) image.Format {
+	refuse := func(file string) error {
+		return &image.Hint{
+			Err: fmt.Errorf("it is %s, a format that cannot be read here: %w", what, errors.ErrUnsupported),
+			Advice: fmt.Sprintf("convert it with: qemu-img convert -f %s -O qcow2 %s NEW.qcow2; or serve its bytes as they are with -f raw",
+				name, file),
+		}
+	}
+	return image.Format{
+		Name:  name,
+		Probe: func(r io.ReaderAt, _ int64) bool { return probe(r) },
+		Open: func(_ context.Context, _ storage.Store, opt image.Options) (image.Device, error) {
+			return nil, refuse(opt.Name)
+		},
+		Inspect: func(context.Context, storage.Store) (*image.Inspection, error) {
+			return nil, refuse("FILE")
+		},
+	}
+}
+
+// recognised asks go-qcow2reader. Whatever it thinks of the bytes, it must not
+// take the program down.
+func recognised(open func(io.ReaderAt) (*stub.Stub, error), r io.ReaderAt) (yes bool) {
+	defer func() {
+		if recover() != nil {
+			yes = false
+		}
+	}()
+	_, err := open(r)
+	return err == nil
+}
+
+func magic(m string) func(io.ReaderAt) bool {
+	return func(r io.ReaderAt) bool {
+		b := make([]byte, len(m))
+		n, err := r.ReadAt(b, 0)
+		return n == len(b) && (err == nil || errors.Is(err, io.EOF)) && string(b) == m
+	}
+}
+
+// vmdkDescriptor recognises the text that names the extents of a VMDK disk,
+// which may begin with any comment.
+func vmdkDescriptor(r io.ReaderAt) bool {
+	b := make([]byte, 2048)
+	n, err := r.ReadAt(b, 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return false
+	}
+	b = b[:n]
+	for len(b) > 0 {
+		line, rest, _ := bytes.Cut(b, []byte("\n"))
+		if len(bytes.TrimSpace(line)) == 0 || line[0] == '#' {
+			b = rest
+			continue
+		}
+		version, ok := bytes.CutPrefix(line, []byte("version="))
+		return ok && len(version) > 0 && '1' <= version[0] && version[0] <= '3'
+	}
+	return false
+}
