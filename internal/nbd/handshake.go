@@ -127,6 +127,7 @@ type handshake struct {
 	noZeroes bool
 	fixed    bool // fixed newstyle: options other than EXPORT_NAME are answered
 	protocol Protocol
+	sized    bool // the last export described came with its block sizes
 }
 
 func negotiate(conn io.ReadWriter, opt Options) (*Session, error) {
@@ -265,6 +266,7 @@ func (h *handshake) info(opt Option, name string) (*ExportInfo, error) {
 	}
 	info := &ExportInfo{Name: name, BlockSize: defaultBlockSize}
 	described := false
+	h.sized = false
 	for range maxInfos {
 		rep, b, err := h.reply(opt)
 		if err != nil {
@@ -282,6 +284,7 @@ func (h *handshake) info(opt Option, name string) (*ExportInfo, error) {
 				return nil, err
 			}
 			described = described || export
+			h.sized = h.sized || binary.BigEndian.Uint16(b) == InfoBlockSize
 		default:
 			return nil, protocolError("reply %#x to option %s", uint32(rep), opt)
 		}

@@ -11,6 +11,7 @@ import (
 // describe it, Err says so and only Name and Description may be set.
 type Listed struct {
 	ExportInfo
+	Sized    bool     // the server told BlockSize; otherwise it is the default
 	Contexts []string // metadata contexts that it offers
 	Err      error
 }
@@ -72,7 +73,7 @@ func (h *handshake) list() (*Listing, error) {
 		if info.Description == "" {
 			info.Description = e.Description
 		}
-		e.ExportInfo = *info
+		e.ExportInfo, e.Sized = *info, h.sized
 		contexts, err := h.metaContexts(OptListMetaContext, e.Name, nil)
 		if err != nil && !isOptionError(err) {
 			return nil, err
