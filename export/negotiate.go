@@ -192,7 +192,7 @@ func (n *negotiation) flags(e *Export, contexts bool) nbd.TransmissionFlags {
 	if e.MultiConn {
 		f |= nbd.FlagCanMultiConn
 	}
-	if e.Rotational || e.Device.Info().Rotational {
+	if e.Rotational {
 		f |= nbd.FlagRotational
 	}
 	return f

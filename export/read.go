@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync/atomic"
+	"time"
 
 	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/internal/nbd"
@@ -24,7 +26,8 @@ const maxRuns = 1024
 // appendRuns divides [off, off+n) into data and zeros. Where the device does
 // not answer there is data: reading it will tell what is wrong.
 func (s *session) appendRuns(dst []run, scratch *[]image.Extent, off, n int64) []run {
-	first := len(dst)
+	first, start, found := len(dst), time.Now(), false
+	defer func() { s.asking.learn(time.Since(start), found) }()
 	for n > 0 {
 		var err error
 		if len(dst)-first >= maxRuns {
@@ -38,6 +41,7 @@ func (s *session) appendRuns(dst []run, scratch *[]image.Extent, off, n int64) [
 		for _, e := range *scratch {
 			length := min(e.Length, n)
 			zero := e.Zero && length >= minHole
+			found = found || zero
 			if last := len(dst) - 1; last >= first && dst[last].zero == zero {
 				dst[last].n += length
 			} else {
@@ -50,9 +54,32 @@ func (s *session) appendRuns(dst []run, scratch *[]image.Extent, off, n int64) [
 	return dst
 }
 
-// sparse reports whether a reply to r may tell holes from data.
+// sparse reports whether the reply to r tells holes from data.
 func (s *session) sparse(r *request) bool {
-	return s.structured && !r.has(nbd.CmdFlagDF) && r.length >= largeRead
+	return s.structured && !r.has(nbd.CmdFlagDF) && r.length >= largeRead && s.asking.worthwhile()
+}
+
+// An asker limits what is spent on asking where holes are. It can be costly (a
+// file on tmpfs looks at every page up to the next hole), and is worth it only
+// where there are holes.
+type asker struct {
+	skip atomic.Int64 // questions not to ask
+}
+
+// askingCost is what a question may cost on the average while it finds none.
+const askingCost = 10 * time.Microsecond
+
+func (a *asker) worthwhile() bool {
+	return a.skip.Load() <= 0 || a.skip.Add(-1) < 0
+}
+
+// learn notes what a question has cost and whether it found a hole.
+func (a *asker) learn(cost time.Duration, found bool) {
+	if found {
+		a.skip.Store(0)
+	} else {
+		a.skip.Store(int64(cost / askingCost))
+	}
 }
 
 // readHere answers a read on the line, or leaves it to a worker.

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"log/slog"
 	"net"
 	"os"
 	"sync/atomic"
@@ -30,6 +32,7 @@ type session struct {
 	dev        *device
 	out        sender
 	line       line
+	asking     asker
 }
 
 func newSession(s *Server, conn net.Conn) *session {
@@ -192,7 +195,11 @@ func (s *session) list() ([]Info, error) {
 func (s *session) open(name string) (*Export, error) {
 	e, err := s.srv.Open(s.ctx, s.client, name)
 	if err != nil {
-		s.srv.Log.Warn("cannot open the export", "client", s.client.Addr, "export", name, "err", err)
+		level := slog.LevelWarn
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
+			level = slog.LevelInfo // the client's mistake, not ours
+		}
+		s.srv.Log.Log(s.ctx, level, "cannot open the export", "client", s.client.Addr, "export", name, "err", err)
 	}
 	return e, err
 }
