@@ -9,6 +9,7 @@ import (
 	"io"
 	"math"
 	"math/rand/v2"
+	"sync"
 	"testing"
 
 	"github.com/imgnbd/imgnbd/storage"
@@ -120,16 +121,18 @@ func open(t testing.TB, target Target, size int64) storage.Store {
 	return s
 }
 
-func random(n int64) []byte {
-	r := rand.NewChaCha8([32]byte{1})
-	p := make([]byte, n)
-	r.Read(p)
-	// No zeros, so that whatever was lost shows.
+// random returns n bytes, up to 2 MiB, the same each time. None is zero, so
+// that whatever was lost shows.
+func random(n int64) []byte { return bytes.Clone(noise()[:n]) }
+
+var noise = sync.OnceValue(func() []byte {
+	p := make([]byte, 2*mib)
+	rand.NewChaCha8([32]byte{1}).Read(p)
 	for i := range p {
 		p[i] |= 1
 	}
 	return p
-}
+})
 
 func (m *model) pass(err error) {
 	m.Helper()
@@ -187,7 +190,11 @@ func (m *model) verify(after string) {
 	}
 }
 
+// firstDifference returns where a differs from b, which is no shorter, or -1.
 func firstDifference(a, b []byte) int {
+	if bytes.Equal(a, b[:len(a)]) {
+		return -1
+	}
 	for i := range a {
 		if a[i] != b[i] {
 			return i
