@@ -3,6 +3,7 @@
 package drivers
 
 import (
+	"github.com/imgnbd/imgnbd/asif"
 	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/qcow2"
 	"github.com/imgnbd/imgnbd/raw"
@@ -15,6 +16,7 @@ import (
 func Formats() []image.Format {
 	return append([]image.Format{
 		qcow2.Format(),
+		asif.Format(),
 		raw.Format(),
 	}, foreign()...)
 }
