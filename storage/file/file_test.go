@@ -1,16 +1,27 @@
 package file
 
 import (
+	"bytes"
 	"context"
+	"errors"
+	"io/fs"
+	"net"
 	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/imgnbd/imgnbd/internal/test/qemu"
 	"github.com/imgnbd/imgnbd/storage"
+	"github.com/imgnbd/imgnbd/storage/storagetest"
 )
 
-func open2(path string, opt storage.Options) (*store, error) {
+func tryOpen(path string, opt storage.Options) (*store, error) {
 	s, err := Open(context.Background(), &url.URL{Scheme: "file", Path: path}, opt)
 	if err != nil {
 		return nil, err
@@ -18,33 +29,429 @@ func open2(path string, opt storage.Options) (*store, error) {
 	return s.(*store), nil
 }
 
-func TestSmoke(t *testing.T) {
-	for _, dir := range []string{t.TempDir(), "/dev/shm"} {
-		for _, direct := range []bool{false, true} {
-			path := filepath.Join(dir, "smoke")
-			defer os.Remove(path)
-			s, err := open2(path, storage.Options{Access: storage.WriteGrow, Create: true, Direct: direct})
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Logf("%+v", s.Info())
-			if err := s.WriteAt([]byte("hello"), 10001, storage.FUA); err != nil {
-				t.Fatal(err)
-			}
-			p := make([]byte, 6)
-			n, err := s.ReadAt(p, 10000)
-			t.Logf("%q %d %v", p, n, err)
-			t.Log(s.TryReadAt(p, 10000), s.TryReadAt(p, 10001))
-			t.Log(s.Size())
-			t.Log(s.AppendExtents(nil, 0, 1<<20))
-			t.Log(s.WriteZeroes(0, 100000, storage.MayUnmap))
-			t.Log(s.AppendExtents(nil, 0, 1<<20))
-			t.Log(s.WriteZeroes(0, 200000, 0))
-			t.Log(s.AppendExtents(nil, 0, 1<<20))
-			_, err = open2(path, storage.Options{Access: storage.WriteGrow})
-			t.Log(err)
-			t.Log(s.Close(), s.Close())
-			os.Remove(path)
+func mustOpen(t testing.TB, path string, opt storage.Options) *store {
+	t.Helper()
+	s, err := tryOpen(path, opt)
+	if err != nil {
+		t.Fatalf("open %s: %v", path, err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+func pass(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatalf("unexpected error: %v", err)
+	}
+}
+
+func wantErr(t testing.TB, err, want error) {
+	t.Helper()
+	if !errors.Is(err, want) {
+		t.Errorf("error %v, want %v", err, want)
+	}
+}
+
+// memoryDir returns a directory on tmpfs.
+func memoryDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/dev/shm", "imgnbd-test-")
+	pass(t, err)
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	var st unix.Statfs_t
+	pass(t, unix.Statfs(dir, &st))
+	if st.Type != unix.TMPFS_MAGIC {
+		t.Skip("/dev/shm is no tmpfs")
+	}
+	return dir
+}
+
+// loopDevice attaches a file of size bytes as a block device.
+func loopDevice(t testing.TB, size int64, sector string) string {
+	t.Helper()
+	qemu.Require(t, "losetup")
+	if os.Geteuid() != 0 {
+		if os.Getenv("CI") != "" {
+			t.Fatal("a loop device needs root")
 		}
+		t.Skip("a loop device needs root")
+	}
+	path := filepath.Join(t.TempDir(), "device")
+	pass(t, os.WriteFile(path, bytes.Repeat([]byte{0xdb}, int(size)), 0o600))
+	device := strings.TrimSpace(qemu.Run(t, "losetup", "--show", "--find", "--sector-size", sector, path))
+	t.Cleanup(func() { qemu.Run(t, "losetup", "--detach", device) })
+	return device
+}
+
+// fileTarget tests files in the directory.
+func fileTarget(dir func(testing.TB) string, opt storage.Options) storagetest.Target {
+	reopen := func(t testing.TB, s storage.Store) storage.Store {
+		return mustOpen(t, s.Info().URL.Path, opt)
+	}
+	return storagetest.Target{
+		New: func(t testing.TB, size int64) storage.Store {
+			f, err := os.CreateTemp(dir(t), "store-")
+			pass(t, err)
+			pass(t, f.Truncate(size))
+			pass(t, f.Close())
+			return mustOpen(t, f.Name(), opt)
+		},
+		NewReadOnly: func(t testing.TB, content []byte) storage.Store {
+			path := filepath.Join(dir(t), "readonly")
+			pass(t, os.WriteFile(path, content, 0o600))
+			opt := opt
+			opt.Access = storage.Read
+			return mustOpen(t, path, opt)
+		},
+		Reopen: reopen,
+	}
+}
+
+func TestSuiteOnFiles(t *testing.T) {
+	disk := func(t testing.TB) string { return t.TempDir() }
+	for name, dir := range map[string]func(testing.TB) string{"Disk": disk, "Memory": memoryDir} {
+		t.Run(name, func(t *testing.T) {
+			for name, opt := range map[string]storage.Options{
+				"Buffered":  {Access: storage.WriteGrow},
+				"Direct":    {Access: storage.WriteGrow, Direct: true},
+				"FixedSize": {Access: storage.Write},
+			} {
+				t.Run(name, func(t *testing.T) {
+					skipWithoutDirect(t, dir, opt)
+					storagetest.Run(t, fileTarget(dir, opt))
+				})
+			}
+		})
+	}
+}
+
+// skipWithoutDirect skips where the file system has no direct I/O.
+func skipWithoutDirect(t *testing.T, dir func(testing.TB) string, opt storage.Options) {
+	t.Helper()
+	opt.Create = true
+	s, err := tryOpen(filepath.Join(dir(t), "probe"), opt)
+	if opt.Direct && errors.Is(err, syscall.EINVAL) {
+		t.Skip(err)
+	}
+	pass(t, err)
+	s.Close()
+}
+
+func TestSuiteOnBlockDevices(t *testing.T) {
+	for _, sector := range []string{"512", "4096"} {
+		for name, direct := range map[string]bool{"Buffered": false, "Direct": true} {
+			t.Run(sector+name, func(t *testing.T) {
+				opt := storage.Options{Access: storage.WriteGrow, Direct: direct}
+				target := fileTarget(nil, opt)
+				target.New = func(t testing.TB, size int64) storage.Store {
+					return mustOpen(t, loopDevice(t, size, sector), opt)
+				}
+				target.NewReadOnly = nil // its content need not be whole sectors
+				storagetest.Run(t, target)
+			})
+		}
+	}
+}
+
+func TestBlockDevice(t *testing.T) {
+	device := loopDevice(t, 1<<20, "512")
+	s := mustOpen(t, device, storage.Options{Access: storage.Write})
+	i := s.Info()
+	if !i.FixedSize || i.NewReadsZero || !strings.HasPrefix(i.ID, "device 7:") {
+		t.Errorf("Info of a loop device: %+v", i)
+	}
+	if i.FastZero != i.Discard {
+		t.Errorf("a loop device zeroes and discards by the same means, but Info says %+v", i)
+	}
+	pass(t, s.Close())
+
+	ro := strings.TrimSpace(qemu.Run(t, "losetup", "--show", "--find", "--read-only", device))
+	defer qemu.Run(t, "losetup", "--detach", ro)
+	if _, err := tryOpen(ro, storage.Options{Access: storage.Write}); !errors.Is(err, storage.ErrReadOnly) && !errors.Is(err, fs.ErrPermission) {
+		t.Errorf("opening a read-only device to write: %v", err)
+	}
+	s = mustOpen(t, ro, storage.Options{Access: storage.Read, Direct: true})
+	p := make([]byte, 7)
+	if _, err := s.ReadAt(p, 1<<20-7); err != nil || p[6] != 0xdb {
+		t.Errorf("reading a read-only device: %x, %v", p, err)
+	}
+}
+
+// A device that is made larger while it is open can be written as far.
+func TestBlockDeviceGrows(t *testing.T) {
+	device := loopDevice(t, 64<<10, "512")
+	s := mustOpen(t, device, storage.Options{Access: storage.Write})
+	backing := strings.TrimSpace(qemu.Run(t, "losetup", "--noheadings", "--output", "BACK-FILE", device))
+	pass(t, os.Truncate(backing, 128<<10))
+	qemu.Run(t, "losetup", "--set-capacity", device)
+	pass(t, s.WriteAt([]byte{1}, 128<<10-1, 0))
+	wantErr(t, s.WriteAt([]byte{1}, 128<<10, 0), syscall.ENOSPC)
+}
+
+func TestRefusesOtherNodes(t *testing.T) {
+	dir := t.TempDir()
+	fifo := filepath.Join(dir, "fifo")
+	pass(t, unix.Mkfifo(fifo, 0o600))
+	sock := filepath.Join(dir, "socket")
+	l, err := net.Listen("unix", sock)
+	pass(t, err)
+	defer l.Close()
+	link := filepath.Join(dir, "link")
+	pass(t, os.Symlink(fifo, link))
+	for path, word := range map[string]string{
+		dir: "is a directory", fifo: "is a FIFO", link: "is a FIFO", sock: "is a socket", "/dev/zero": "is a character device",
+	} {
+		for _, access := range []storage.Access{storage.Read, storage.WriteGrow} {
+			// Create makes no difference to what exists.
+			_, err := tryOpen(path, storage.Options{Access: access, Create: true})
+			if err == nil || !strings.Contains(err.Error(), word) {
+				t.Errorf("open %s: error %v, want %q in it", path, err, word)
+			}
+		}
+	}
+	// A reader in the FIFO's other end would have noticed.
+	if _, err := unix.Open(fifo, unix.O_WRONLY|unix.O_NONBLOCK, 0); err != unix.ENXIO {
+		t.Errorf("the FIFO has a reader: %v", err)
+	}
+}
+
+func TestNames(t *testing.T) {
+	dir := t.TempDir()
+	t.Chdir(dir)
+	pass(t, os.WriteFile("a b?c#d", []byte("x"), 0o600))
+	abs := filepath.Join(dir, "a b?c#d")
+	for _, name := range []string{"a b?c#d", abs, "./a b?c#d"} {
+		s := mustOpen(t, name, storage.Options{})
+		if got := s.Info().URL.Path; got != abs {
+			t.Errorf("%s: the URL has the path %s, want %s", name, got, abs)
+		}
+	}
+	for text, ok := range map[string]bool{
+		"file:a%20b%3Fc%23d": true, "file://localhost" + url.PathEscape(abs): false,
+		"file:///" + strings.ReplaceAll(url.PathEscape(abs[1:]), "%2F", "/"): true,
+		"file://elsewhere/a": false, "http://localhost/a": false, "file:": false, "file:a?b": false,
+	} {
+		u, err := url.Parse(text)
+		if err != nil {
+			continue
+		}
+		s, err := Open(t.Context(), u, storage.Options{})
+		if (err == nil) != ok {
+			t.Errorf("open %s: %v", text, err)
+		}
+		if err == nil {
+			s.Close()
+		}
+	}
+}
+
+func TestCreate(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "new")
+	_, err := tryOpen(path, storage.Options{Access: storage.WriteGrow})
+	wantErr(t, err, fs.ErrNotExist)
+	_, err = tryOpen(path, storage.Options{Access: storage.Read, Create: true})
+	wantErr(t, err, fs.ErrNotExist)
+	s := mustOpen(t, path, storage.Options{Access: storage.WriteGrow, Create: true})
+	pass(t, s.WriteAt([]byte("kept"), 0, 0))
+	pass(t, s.Close())
+	s = mustOpen(t, path, storage.Options{Access: storage.WriteGrow, Create: true})
+	if size, err := s.Size(); err != nil || size != 4 {
+		t.Errorf("Create of what exists: size %d, error %v", size, err)
+	}
+	dangling := path + "-link"
+	pass(t, os.Symlink("/nowhere/at/all", dangling))
+	if _, err := tryOpen(dangling, storage.Options{Access: storage.WriteGrow, Create: true}); err == nil {
+		t.Error("made a file behind a link to nowhere")
+	}
+}
+
+// With Write the size stays, but for the rest of the last sector.
+func TestWriteWithinSize(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	pass(t, os.WriteFile(path, make([]byte, 1000), 0o600))
+	for _, direct := range []bool{false, true} {
+		s := mustOpen(t, path, storage.Options{Access: storage.Write, Direct: direct})
+		wantErr(t, s.WriteAt([]byte{1, 2}, 1023, 0), syscall.ENOSPC)
+		wantErr(t, s.WriteZeroes(1000, 25, 0), syscall.ENOSPC)
+		pass(t, s.WriteAt([]byte{1}, 1023, 0))
+		if size, err := s.Size(); err != nil || size != 1024 {
+			t.Errorf("size %d, error %v", size, err)
+		}
+		pass(t, s.Close())
+		pass(t, os.Truncate(path, 1000))
+	}
+}
+
+// A failed sync is final. The kernel would report it once.
+func TestSyncFailureIsFinal(t *testing.T) {
+	full := filepath.Join(t.TempDir(), "file")
+	s := mustOpen(t, full, storage.Options{Access: storage.WriteGrow, Create: true})
+	s.barrier.err = syscall.EIO
+	wantErr(t, s.Sync(), syscall.EIO)
+	wantErr(t, s.WriteAt([]byte{1}, 0, storage.FUA), syscall.EIO)
+	wantErr(t, s.WriteZeroes(0, 1, storage.FUA), syscall.EIO)
+	pass(t, s.WriteAt([]byte{1}, 0, 0))
+	if err := s.Sync(); err == nil || !strings.Contains(err.Error(), "earlier sync failed") {
+		t.Errorf("Sync after a failed one: %v", err)
+	}
+}
+
+func TestBarrier(t *testing.T) {
+	// Each caller must see a sync that began after its call.
+	var b barrier
+	var wg sync.WaitGroup
+	fd := mustOpen(t, filepath.Join(memoryDir(t), "x"), storage.Options{Access: storage.WriteGrow, Create: true}).fd
+	for range 50 {
+		wg.Go(func() {
+			before := b.begun.Load()
+			if err := b.sync(fd); err != nil {
+				t.Error(err)
+			}
+			if b.begun.Load() == before {
+				t.Error("returned without a sync that began after the call")
+			}
+		})
+	}
+	wg.Wait()
+	b.mu.Lock()
+	done := make(chan error, 2)
+	for range 2 {
+		go func() { done <- b.sync(-1) }()
+	}
+	b.mu.Unlock()
+	for range 2 {
+		wantErr(t, <-done, syscall.EBADF)
+	}
+	wantErr(t, b.sync(fd), syscall.EBADF)
+}
+
+// Extents of a file that others shorten or fill with holes end and stay within
+// bounds.
+func TestExtentsUnderForeignChange(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	s := mustOpen(t, path, storage.Options{Access: storage.WriteGrow, Create: true})
+	data := bytes.Repeat([]byte{1}, 1<<20)
+	pass(t, s.WriteAt(data, 0, 0))
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		defer close(stop)
+		for i := range int64(500) {
+			os.Truncate(path, i%16*65536)
+			unix.Fallocate(s.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, i%32*32768, 32768)
+			unix.Pwrite(s.fd, data[:65536], i%13*70000)
+		}
+	})
+	for running := true; running; {
+		select {
+		case <-stop:
+			running = false
+		default:
+		}
+		off := int64(0)
+		exts, err := s.AppendExtents(nil, 0, 1<<30)
+		pass(t, err)
+		for _, e := range exts {
+			if e.Offset != off || e.Length <= 0 || e.Offset+e.Length > 2<<20 {
+				t.Fatalf("extent %+v does not follow at %d", e, off)
+			}
+			off += e.Length
+		}
+	}
+	wg.Wait()
+}
+
+// Where a file system lacks an operation it is asked once, and then done by
+// other means, or refused if that is not fast.
+func TestWithoutHoles(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	s := mustOpen(t, path, storage.Options{Access: storage.WriteGrow, Create: true})
+	pass(t, s.WriteAt(bytes.Repeat([]byte{1}, 10000), 0, 0))
+	s.noPunch.Store(true)
+	s.noZero.Store(true)
+	s.noSeek.Store(true)
+	wantErr(t, s.WriteZeroes(0, 20000, storage.FastOnly), errors.ErrUnsupported)
+	wantErr(t, s.WriteZeroes(0, 20000, storage.FastOnly|storage.MayUnmap), errors.ErrUnsupported)
+	pass(t, s.Discard(0, 5000))
+	if size, _ := s.Size(); size != 10000 {
+		t.Errorf("what was refused changed the size to %d", size)
+	}
+	pass(t, s.WriteZeroes(10, 700000, storage.MayUnmap))
+	got, err := os.ReadFile(path)
+	pass(t, err)
+	if want := append(bytes.Repeat([]byte{1}, 10), make([]byte, 700000)...); !bytes.Equal(got, want) {
+		t.Error("zeroing by writing left other bytes")
+	}
+	exts, err := s.AppendExtents(nil, 0, 1<<20)
+	if err != nil || len(exts) != 1 || exts[0].Hole || exts[0].Length != 700010 {
+		t.Errorf("without SEEK_HOLE all is data, but: %v, %v", exts, err)
+	}
+	s.noTry.Store(true)
+	wantErr(t, s.TryReadAt(got[:10], 0), storage.ErrWouldBlock)
+}
+
+func blocks(t testing.TB, path string) int64 {
+	t.Helper()
+	var st unix.Stat_t
+	pass(t, unix.Stat(path, &st))
+	return st.Blocks * 512
+}
+
+// What is zeroed keeps its space, with MayUnmap and Discard it is given back.
+func TestSpace(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	s := mustOpen(t, path, storage.Options{Access: storage.WriteGrow, Create: true})
+	const size = 1 << 20
+	fill := func() {
+		pass(t, s.WriteAt(bytes.Repeat([]byte{1}, size), 0, 0))
+		pass(t, s.Sync())
+	}
+	fill()
+	pass(t, s.WriteZeroes(0, size, 0))
+	if n := blocks(t, path); n < size {
+		t.Errorf("zeroing left %d bytes allocated of %d", n, size)
+	}
+	if s.noZero.Load() {
+		t.Skip("the file system here cannot zero in place")
+	}
+	fill()
+	pass(t, s.WriteZeroes(0, size, storage.MayUnmap))
+	if n := blocks(t, path); n != 0 {
+		t.Errorf("zeroing with MayUnmap left %d bytes allocated", n)
+	}
+	fill()
+	pass(t, s.Discard(0, size))
+	if n := blocks(t, path); n != 0 {
+		t.Errorf("Discard left %d bytes allocated", n)
+	}
+	pass(t, s.WriteZeroes(size, 100*size, storage.MayUnmap))
+	if n := blocks(t, path); n > 65536 {
+		t.Errorf("growing by zeroes with MayUnmap takes %d bytes", n)
+	}
+	pass(t, s.WriteZeroes(200*size, size, 0))
+	if n := blocks(t, path); n < size {
+		t.Errorf("growing by zeroes allocates %d bytes of %d", n, size)
+	}
+}
+
+// Bytes that were not read yet from the medium are not waited for.
+func TestTryReadOfColdFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	pass(t, os.WriteFile(path, bytes.Repeat([]byte{7}, 8<<20), 0o600))
+	s := mustOpen(t, path, storage.Options{})
+	pass(t, unix.Fdatasync(s.fd))
+	pass(t, unix.Fadvise(s.fd, 0, 0, unix.FADV_DONTNEED))
+	p := make([]byte, 4096)
+	err := s.TryReadAt(p, 4<<20)
+	if s.noTry.Load() {
+		t.Skip("the file system here cannot read without waiting")
+	}
+	wantErr(t, err, storage.ErrWouldBlock)
+	if _, err := s.ReadAt(p, 4<<20); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.TryReadAt(p, 4<<20); err != nil || p[4095] != 7 {
+		t.Errorf("TryReadAt of what was just read: %v", err)
 	}
 }

@@ -112,7 +112,7 @@ func (m *model) adopt(mine []byte, off int64) error {
 func checkConcurrentGrowth(t testing.TB, target Target) {
 	m := newModel(t, target, 64*kib)
 	if m.s.Info().FixedSize {
-		t.Skip("of fixed size")
+		return // it cannot grow
 	}
 	const piece = 1543
 	order := rand.New(rand.NewPCG(3, 4)).Perm(workers * 8)

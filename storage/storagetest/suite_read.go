@@ -116,7 +116,7 @@ func checkTryRead(t testing.TB, target Target) {
 func checkFile(t testing.TB, target Target) {
 	m := newModel(t, target, 64*kib)
 	if m.s.File() == nil {
-		t.Skip("no file behind it")
+		return
 	}
 	m.write(random(5000), 777, 0)
 	m.pass(m.s.WriteZeroes(20000, 30000, storage.MayUnmap))
