@@ -32,6 +32,7 @@ type Client struct {
 	limit   int64      // bytes of data in one request
 	free    chan *call // idle calls: their number bounds the requests in flight
 	done    chan struct{}
+	active  sync.WaitGroup // methods that run; added to under mu, while not closing
 
 	send   sync.Mutex // held while a request is written, so that it stays whole
 	header [ExtRequestSize]byte
@@ -106,77 +107,40 @@ func (c *Client) Session() Session { return c.session }
 // server offers it. More than the server takes at once is read piece by piece.
 // After an error p is undefined.
 func (c *Client) Read(p []byte, off int64, flags CommandFlags) error {
-	if err := c.check(CmdRead, flags, off, int64(len(p))); err != nil {
-		return err
-	}
-	for len(p) > 0 {
-		n := min(int64(len(p)), c.limit)
-		if err := c.do(request{command: CmdRead, flags: flags, offset: off, length: n, data: p[:n]}); err != nil {
-			return err
-		}
-		p, off = p[n:], off+n
-	}
-	return nil
+	return c.run(request{command: CmdRead, flags: flags, offset: off, length: int64(len(p)), data: p}, c.limit)
 }
 
 // Write writes p at offset off; with CmdFlagFUA it is durable on return. More
 // than the server takes at once is written piece by piece.
 func (c *Client) Write(p []byte, off int64, flags CommandFlags) error {
-	if err := c.check(CmdWrite, flags, off, int64(len(p))); err != nil {
-		return err
-	}
-	for len(p) > 0 {
-		n := min(int64(len(p)), c.limit)
-		if err := c.do(request{command: CmdWrite, flags: flags, offset: off, length: n, data: p[:n]}); err != nil {
-			return err
-		}
-		p, off = p[n:], off+n
-	}
-	return nil
+	return c.run(request{command: CmdWrite, flags: flags, offset: off, length: int64(len(p)), data: p}, c.limit)
 }
 
 // Flush makes durable all writes that returned before the call.
 func (c *Client) Flush() error {
-	if err := c.check(CmdFlush, 0, 0, 0); err != nil {
-		return err
-	}
-	return c.do(request{command: CmdFlush})
+	return c.run(request{command: CmdFlush}, maxRange)
 }
 
 // Trim says that the range is not needed.
 func (c *Client) Trim(off, n int64, flags CommandFlags) error {
-	return c.each(CmdTrim, flags, off, n, maxRange)
+	return c.run(request{command: CmdTrim, flags: flags, offset: off, length: n}, maxRange)
 }
 
 // WriteZeroes makes the range read as zeros. Flags are CmdFlagFUA,
 // CmdFlagNoHole and CmdFlagFastZero; where the last fails midway, a part of a
 // range beyond 1 GiB may have been zeroed.
 func (c *Client) WriteZeroes(off, n int64, flags CommandFlags) error {
-	return c.each(CmdWriteZeroes, flags, off, n, maxRange)
+	return c.run(request{command: CmdWriteZeroes, flags: flags, offset: off, length: n}, maxRange)
 }
 
 // Cache tells the server that the range will soon be read.
 func (c *Client) Cache(off, n int64) error {
-	return c.each(CmdCache, 0, off, n, c.limit)
+	return c.run(request{command: CmdCache, offset: off, length: n}, c.limit)
 }
 
 // maxRange is the most that one request without data covers, in bytes: well
 // within 32 bits and a multiple of any block size.
 const maxRange = 1 << 30
-
-func (c *Client) each(command Command, flags CommandFlags, off, n, most int64) error {
-	if err := c.check(command, flags, off, n); err != nil {
-		return err
-	}
-	for n > 0 {
-		part := min(n, most)
-		if err := c.do(request{command: command, flags: flags, offset: off, length: part}); err != nil {
-			return err
-		}
-		off, n = off+part, n-part
-	}
-	return nil
-}
 
 // A StatusExtent is a run of bytes with one status in a metadata context.
 type StatusExtent struct {
@@ -194,21 +158,19 @@ type ContextStatus struct {
 // Each answer covers a prefix of the range, of at least one byte and never
 // beyond its end; with CmdFlagReqOne it is one extent.
 func (c *Client) BlockStatus(off, n int64, flags CommandFlags) ([]ContextStatus, error) {
-	if err := c.check(CmdBlockStatus, flags, off, n); err != nil {
+	r := request{command: CmdBlockStatus, flags: flags, offset: off, length: n, status: new([]ContextStatus)}
+	if err := c.enter(r); err != nil {
 		return nil, err
 	}
-	if n == 0 {
-		return nil, fmt.Errorf("%s of 0 bytes at %d: %w", CmdBlockStatus, off, EINVAL)
-	}
+	defer c.active.Done()
 	if c.session.Protocol != Extended {
-		n = min(n, math.MaxUint32&^(64<<10-1))
+		r.length = min(n, math.MaxUint32&^(64<<10-1))
 	}
-	var status []ContextStatus
-	err := c.do(request{command: CmdBlockStatus, flags: flags, offset: off, length: n, status: &status})
-	return status, err
+	err := c.do(r)
+	return *r.status, err
 }
 
-// requirement is what has to be offered for a command or a flag.
+// What has to be offered for a command or a flag.
 var (
 	commandNeeds = map[Command]TransmissionFlags{
 		CmdFlush: FlagSendFlush, CmdTrim: FlagSendTrim, CmdCache: FlagSendCache, CmdWriteZeroes: FlagSendWriteZeroes,
@@ -219,33 +181,33 @@ var (
 )
 
 // check refuses what must not be sent to this server.
-func (c *Client) check(command Command, flags CommandFlags, off, n int64) error {
-	offered := c.session.Flags
-	refuse := func(why error) error {
-		return fmt.Errorf("%s of %d bytes at %d: %w", command, n, off, why)
+func (c *Client) check(r request) error {
+	offered, size := c.session.Flags, c.session.Size
+	if r.offset < 0 || r.length < 0 || r.offset > size || r.length > size-r.offset {
+		return fmt.Errorf("outside the export of %d bytes: %w", size, EINVAL)
 	}
-	if off < 0 || n < 0 || off > c.session.Size || n > c.session.Size-off {
-		return refuse(fmt.Errorf("outside the export of %d bytes: %w", c.session.Size, EINVAL))
+	if m := int64(c.session.BlockSize.Min); m > 1 && (r.offset%m != 0 || r.length%m != 0) {
+		return fmt.Errorf("not a multiple of the block size %d: %w", m, EINVAL)
 	}
-	if m := int64(c.session.BlockSize.Min); m > 1 && (off%m != 0 || n%m != 0) {
-		return refuse(fmt.Errorf("not a multiple of the block size %d: %w", m, EINVAL))
-	}
-	switch command {
+	switch r.command {
 	case CmdWrite, CmdTrim, CmdWriteZeroes:
 		if offered&FlagReadOnly != 0 {
-			return refuse(EPERM)
+			return EPERM
 		}
 	case CmdBlockStatus:
 		if len(c.session.Contexts) == 0 {
-			return refuse(errors.ErrUnsupported)
+			return errors.ErrUnsupported
+		}
+		if r.length == 0 {
+			return EINVAL
 		}
 	}
-	if need := commandNeeds[command]; offered&need != need {
-		return refuse(errors.ErrUnsupported)
+	if need := commandNeeds[r.command]; offered&need != need {
+		return errors.ErrUnsupported
 	}
 	for flag, need := range flagNeeds {
-		if flags&flag != 0 && offered&need == 0 {
-			return refuse(errors.ErrUnsupported)
+		if r.flags&flag != 0 && offered&need == 0 {
+			return errors.ErrUnsupported
 		}
 	}
 	return nil
@@ -259,14 +221,46 @@ type request struct {
 	status         *[]ContextStatus
 }
 
+// enter lets a method begin, or says why not. Close waits for its active.Done.
+func (c *Client) enter(r request) error {
+	if err := c.check(r); err != nil {
+		return fmt.Errorf("%s of %d bytes at %d: %w", r.command, r.length, r.offset, err)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closing {
+		return fs.ErrClosed
+	}
+	c.active.Add(1)
+	return nil
+}
+
+// run sends r in pieces of at most so many bytes, one after the other.
+func (c *Client) run(r request, most int64) error {
+	if err := c.enter(r); err != nil {
+		return err
+	}
+	defer c.active.Done()
+	if r.command == CmdFlush {
+		return c.do(r)
+	}
+	for r.length > 0 {
+		piece := r
+		piece.length = min(r.length, most)
+		if r.data != nil {
+			piece.data, r.data = r.data[:piece.length], r.data[piece.length:]
+		}
+		if err := c.do(piece); err != nil {
+			return err
+		}
+		r.offset, r.length = r.offset+piece.length, r.length-piece.length
+	}
+	return nil
+}
+
 // do sends one request and waits for its outcome.
 func (c *Client) do(r request) error {
-	var k *call
-	select {
-	case k = <-c.free:
-	case <-c.done:
-		return c.lost()
-	}
+	k := <-c.free // a lost connection ends all calls, so that one comes
 	defer func() { c.free <- k }()
 	if err := c.begin(k, r); err != nil {
 		return err
@@ -286,9 +280,6 @@ func (c *Client) do(r request) error {
 func (c *Client) begin(k *call, r request) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.closing {
-		return fs.ErrClosed
-	}
 	if c.err != nil {
 		return c.err
 	}
@@ -353,15 +344,6 @@ func (c *Client) fail(cause error) {
 	}
 	c.mu.Unlock()
 	c.conn.Close()
-}
-
-func (c *Client) lost() error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.closing {
-		return fs.ErrClosed
-	}
-	return c.err
 }
 
 // receive reads replies until the connection ends, then ends the calls that
@@ -434,12 +416,7 @@ func (c *Client) Close() error {
 	}
 	c.closing = true
 	c.mu.Unlock()
-	for range cap(c.free) {
-		select {
-		case <-c.free:
-		case <-c.done:
-		}
-	}
+	c.active.Wait()
 	c.mu.Lock()
 	err := c.err
 	if err == nil {

@@ -65,12 +65,14 @@ func (c *Client) simpleReply(r *bufio.Reader, h []byte) error {
 	if err != nil {
 		return err
 	}
-	if c.session.Protocol != Simple && (k.command == CmdRead || k.command == CmdBlockStatus) {
-		return protocolError("simple reply to a %s", k.command)
-	}
 	if e := Errno(binary.BigEndian.Uint32(h[4:])); e != 0 {
+		// Not allowed for a structured read, but nbd-server does it, and there
+		// is no doubt what it means.
 		c.finish(k, k.refusal(e, ""))
 		return nil
+	}
+	if c.session.Protocol != Simple && (k.command == CmdRead || k.command == CmdBlockStatus) {
+		return protocolError("simple reply to a %s", k.command)
 	}
 	if _, err := io.ReadFull(r, k.data); err != nil {
 		return err
