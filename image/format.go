@@ -55,11 +55,12 @@ type CreateOptions struct {
 // A Param is one option of a format, key and value as the user wrote them.
 type Param struct{ Key, Value string }
 
-// A Reference is a name found inside an image.
+// A Reference is a name found inside an image, or in the parameters of its
+// format.
 type Reference struct {
 	Name   string
 	Format string        // as the image declares it; "" if it does not
-	From   storage.Store // the image that names it; relative names start beside it
+	From   storage.Store // the image that names it; relative names start beside it. nil: a parameter names it
 }
 
 // An Opener opens what an image refers to. Formats have no other way.

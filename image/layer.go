@@ -173,11 +173,7 @@ func (l *layer) admit(ctx context.Context, ref Reference, isImage bool) (*layer,
 	if l.depth >= maxDepth {
 		return nil, source{}, nil, refused(ref.Name, fmt.Sprintf("the chain has more than %d images", maxDepth))
 	}
-	src, err := resolve(ref.From, l.name, ref.Name)
-	if err != nil {
-		return nil, src, nil, fmt.Errorf("%q: %w: %w", ref.Name, ErrReference, err)
-	}
-	dirs, err := l.chain.Policy.checkName(ref.From, ref.Name, src)
+	src, dirs, err := l.resolve(ref)
 	if err != nil {
 		return nil, src, nil, err
 	}
@@ -196,6 +192,25 @@ func (l *layer) admit(ctx context.Context, ref Reference, isImage bool) (*layer,
 		return nil, src, nil, err
 	}
 	return below, src, f, nil
+}
+
+// resolve finds out what ref means and whether the policy lets it be looked
+// at, and if so, which directories it has to lie below.
+func (l *layer) resolve(ref Reference) (src source, dirs []string, err error) {
+	if ref.From == nil {
+		// A parameter of the format. Below the first image parameters come
+		// from json: names in images, which are not the user's.
+		if l.depth > 0 {
+			return src, nil, refused(ref.Name, "only the user may name it that way")
+		}
+		src, err = parseName(ref.Name)
+		return src, nil, err
+	}
+	if src, err = resolve(ref.From, l.name, ref.Name); err != nil {
+		return src, nil, fmt.Errorf("%q: %w: %w", ref.Name, ErrReference, err)
+	}
+	dirs, err = l.chain.Policy.checkName(ref.From, ref.Name, src)
+	return src, dirs, err
 }
 
 // examine applies the part of the policy that needs the file.

@@ -102,10 +102,7 @@ func resolve(from storage.Store, base, ref string) (source, error) {
 	if _, _, ok := cutProtocol(ref); ok || strings.HasPrefix(ref, "/") {
 		return parseName(ref)
 	}
-	var u *url.URL
-	if from != nil {
-		u = from.Info().URL
-	}
+	u := from.Info().URL
 	if u == nil {
 		return source{}, fmt.Errorf("%q is relative, and the image that names it has no name itself", ref)
 	}

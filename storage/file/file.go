@@ -16,6 +16,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"syscall"
 
@@ -74,7 +75,17 @@ func pathOf(u *url.URL) (string, error) {
 	if path == "" {
 		return "", errors.New("the file name is empty")
 	}
-	return filepath.Abs(path)
+	if !filepath.IsAbs(path) {
+		dir, err := os.Getwd()
+		if err != nil {
+			return "", err
+		}
+		path = dir + "/" + path
+	}
+	if strings.Contains(path, "..") {
+		return path, nil // "link/../x" lies where the link leads
+	}
+	return filepath.Clean(path), nil
 }
 
 // A store is a regular file or a block device.
