@@ -1,0 +1,153 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/spf13/pflag"
+
+	"github.com/imgnbd/imgnbd/image"
+)
+
+// Exit statuses of check, which are qemu-img's.
+const (
+	exitCorrupt     = 2
+	exitLeaks       = 3
+	exitUnsupported = 63
+)
+
+// checkCommand verifies the structure of an image, in qemu-img's words.
+func checkCommand() *command {
+	c := newCommand("check")
+	var o imageOptions
+	var form outputForm
+	var quiet bool
+	o.addFormat(c.flags)
+	o.addImageOpts(c.flags)
+	form.add(c.flags)
+	c.flags.BoolVarP(&quiet, "quiet", "q", false, "")
+	o.addForceShare(c.flags)
+	o.addBacking(c.flags)
+	refuseValue(c.flags, "repair", "r", "repair with: qemu-img check -r")
+	c.run = func(u *ui, operands []string) (err error) {
+		file, err := oneImage(operands)
+		if err != nil {
+			return err
+		}
+		t, err := o.target(file, c.flags.Changed("format"), imgWords)
+		if err != nil {
+			return err
+		}
+		t.opt.ReadOnly = true
+		dev, err := t.open(context.Background(), o.chain(u))
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, dev.Close()) }()
+		checker, ok := image.As[image.Checker](dev)
+		if !ok {
+			return &exit{exitUnsupported, says("This image format does not support checks")}
+		}
+		res, err := checker.Check(context.Background(), image.CheckOptions{
+			// Findings are no results: qemu-img prints them to stderr, bare.
+			Report: func(f image.Finding) { io.WriteString(u.stderr, f.Text+"\n") },
+		})
+		if err != nil {
+			return says("Check failed: %s", strerror(err))
+		}
+		switch {
+		case quiet:
+		case form.json:
+			err = u.json(newCheckJSON(t, dev, &res))
+		default:
+			u.printf("%s", checkText(&res))
+		}
+		return errors.Join(err, checkExit(&res))
+	}
+	return c
+}
+
+func checkExit(res *image.CheckResult) error {
+	switch {
+	case res.CheckErrors > 0:
+		return says("Check failed")
+	case res.Corruptions > 0:
+		return &exit{code: exitCorrupt}
+	case res.Leaks > 0:
+		return &exit{code: exitLeaks}
+	}
+	return nil
+}
+
+// The fields are in qemu-img's order, that of a hash table. What is zero is
+// left out but for the errors.
+type checkJSON struct {
+	ImageEndOffset     int64  `json:"image-end-offset,omitempty"`
+	CompressedClusters int64  `json:"compressed-clusters,omitempty"`
+	TotalClusters      int64  `json:"total-clusters,omitempty"`
+	Corruptions        int64  `json:"corruptions,omitempty"`
+	CheckErrors        int64  `json:"check-errors"`
+	Leaks              int64  `json:"leaks,omitempty"`
+	AllocatedClusters  int64  `json:"allocated-clusters,omitempty"`
+	Filename           string `json:"filename"`
+	Format             string `json:"format"`
+	FragmentedClusters int64  `json:"fragmented-clusters,omitempty"`
+}
+
+func newCheckJSON(t *target, dev image.Device, r *image.CheckResult) checkJSON {
+	return checkJSON{
+		r.ImageEndOffset, r.CompressedClusters, r.TotalClusters, r.Corruptions, r.CheckErrors, r.Leaks,
+		r.AllocatedClusters, t.given, dev.Info().Format, r.FragmentedClusters,
+	}
+}
+
+// checkText sums up for people.
+func checkText(r *image.CheckResult) string {
+	var b strings.Builder
+	if r.Corruptions == 0 && r.Leaks == 0 && r.CheckErrors == 0 {
+		b.WriteString("No errors were found on the image.\n")
+	}
+	if r.Corruptions > 0 {
+		fmt.Fprintf(&b, "\n%d errors were found on the image.\n"+
+			"Data may be corrupted, or further writes to the image may corrupt it.\n", r.Corruptions)
+	}
+	if r.Leaks > 0 {
+		fmt.Fprintf(&b, "\n%d leaked clusters were found on the image.\n"+
+			"This means waste of disk space, but no harm to data.\n", r.Leaks)
+	}
+	if r.CheckErrors > 0 {
+		fmt.Fprintf(&b, "\n%d internal errors have occurred during the check.\n", r.CheckErrors)
+	}
+	if r.TotalClusters > 0 && r.AllocatedClusters > 0 {
+		percent := func(n, of int64) float64 { return float64(n) * 100 / float64(of) }
+		fmt.Fprintf(&b, "%d/%d = %.2f%% allocated, %.2f%% fragmented, %.2f%% compressed clusters\n",
+			r.AllocatedClusters, r.TotalClusters, percent(r.AllocatedClusters, r.TotalClusters),
+			percent(r.FragmentedClusters, r.AllocatedClusters), percent(r.CompressedClusters, r.AllocatedClusters))
+	}
+	if r.ImageEndOffset > 0 {
+		fmt.Fprintf(&b, "Image end offset: %d\n", r.ImageEndOffset)
+	}
+	return b.String()
+}
+
+// An outputForm is what --output asks for.
+type outputForm struct{ json bool }
+
+func (f *outputForm) add(fs *pflag.FlagSet) {
+	value(fs, "output", "", func(s string) error {
+		if f.json = s == "json"; !f.json && s != "human" {
+			return says("--output must be used with human or json as argument.")
+		}
+		return nil
+	})
+}
+
+func oneImage(operands []string) (string, error) {
+	if len(operands) != 1 {
+		return "", &usage{text: "Expecting one image file name"}
+	}
+	return operands[0], nil
+}

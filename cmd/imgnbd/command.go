@@ -1,0 +1,89 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+
+	"github.com/spf13/pflag"
+)
+
+// A command is one verb of the program. The bare command, which serves, has no
+// name.
+type command struct {
+	name  string
+	flags *pflag.FlagSet
+	run   func(u *ui, operands []string) error
+}
+
+// commands returns the table of sub-commands, in the order that help lists.
+func commands() []*command {
+	return []*command{infoCommand(), checkCommand(), completionCommand(), helpCommand(), versionCommand()}
+}
+
+func newCommand(name string) *command {
+	fs := pflag.NewFlagSet(name, pflag.ContinueOnError)
+	fs.SortFlags = false
+	flag(fs, "help", "h", func() error { return errHelp })
+	return &command{name: name, flags: fs}
+}
+
+func findCommand(name string) *command {
+	i := slices.IndexFunc(commands(), func(c *command) bool { return c.name == name })
+	if i < 0 {
+		return nil
+	}
+	return commands()[i]
+}
+
+// run is the program. It returns the exit status.
+func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+	if len(args) == 0 {
+		args = []string{"imgnbd"}
+	}
+	u := newUI(args[0], stdin, stdout, stderr)
+	return u.fail(dispatch(u, args[1:]))
+}
+
+// dispatch runs the sub-command that the first argument names, or serves. A
+// file with the name of a sub-command is served as ./NAME or after "--".
+func dispatch(u *ui, args []string) error {
+	var c *command
+	if len(args) > 0 && !u.compat() {
+		c = findCommand(args[0])
+	}
+	if c == nil {
+		c = serveCommand(args)
+	} else {
+		args = args[1:]
+	}
+	operands, err := scan(c.flags, args)
+	switch {
+	case errors.Is(err, errHelp):
+		return u.help(c.name)
+	case errors.Is(err, errVersion):
+		u.version()
+		return nil
+	case err != nil:
+		return err
+	}
+	return c.run(u, operands)
+}
+
+// usageError is a mistake in a sub-command's operands.
+func usageError(format string, args ...any) error {
+	return &usage{text: fmt.Sprintf(format, args...)}
+}
+
+// one returns the only operand.
+func one(operands []string, what string) (string, error) {
+	switch len(operands) {
+	case 0:
+		return "", usageError("%s is missing", what)
+	case 1:
+		return operands[0], nil
+	}
+	return "", usageError("one %s is expected, not %s", what, strings.Join(operands, " "))
+}

@@ -1,0 +1,123 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"syscall"
+)
+
+// --fork starts the program a second time with the same arguments: a Go process
+// cannot fork. The first one, the parent, copies the messages of the second,
+// the daemon, until that is ready, and exits as qemu-nbd does: 0 if there were
+// none, 1 if there was any.
+//
+// daemonVariable tells the daemon that it is one, and which descriptors it got:
+// "ready,stderr,listen" as numbers, 0 for one that it did not get.
+const daemonVariable = "IMGNBD_DAEMON"
+
+// A daemon is the side of --fork that stays.
+type daemon struct {
+	readiness *os.File // a byte goes there when it is ready
+	stderr    *os.File // where messages go from then on; nil: nowhere
+	listen    *os.File // the socket that was passed to the parent, or nil
+}
+
+// errSilent is the error of a daemon that ended without a word.
+var errSilent = errors.New("the server ended before it was ready")
+
+// startDaemon runs the program again with args and returns when the daemon is
+// ready or has ended.
+func startDaemon(u *ui, args []string, listen *os.File, keepStderr bool) error {
+	self, err := selfPath()
+	if err != nil {
+		return err
+	}
+	messages, messagesW, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer messages.Close()
+	ready, readyW, err := os.Pipe()
+	if err != nil {
+		messagesW.Close()
+		return err
+	}
+	defer ready.Close()
+
+	cmd := exec.Command(self)
+	cmd.Args = append([]string{u.called}, args...)
+	cmd.Stderr = messagesW // standard input and output become /dev/null
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	pass := func(f *os.File) int {
+		if f == nil {
+			return 0
+		}
+		cmd.ExtraFiles = append(cmd.ExtraFiles, f)
+		return 2 + len(cmd.ExtraFiles)
+	}
+	stderr, _ := u.stderr.(*os.File)
+	if !keepStderr {
+		stderr = nil
+	}
+	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d,%d,%d", daemonVariable, pass(readyW), pass(stderr), pass(listen)))
+	err = cmd.Start()
+	messagesW.Close()
+	readyW.Close()
+	if err != nil {
+		return err
+	}
+	n, err := io.Copy(u.stderr, messages)
+	if err != nil {
+		return err
+	}
+	_, err = ready.Read(make([]byte, 1))
+	switch {
+	case n > 0:
+		return &exit{code: 1}
+	case err != nil:
+		return errSilent
+	}
+	return nil
+}
+
+// asDaemon returns what startDaemon has passed to this process, nil if it was
+// not started so.
+func asDaemon() *daemon {
+	fds := strings.Split(os.Getenv(daemonVariable), ",")
+	os.Unsetenv(daemonVariable)
+	if len(fds) != 3 {
+		return nil
+	}
+	var files [3]*os.File
+	for i, s := range fds {
+		if fd, err := strconv.Atoi(s); err == nil && fd > 2 {
+			syscall.CloseOnExec(fd)
+			files[i] = os.NewFile(uintptr(fd), "")
+		}
+	}
+	return &daemon{readiness: files[0], stderr: files[1], listen: files[2]}
+}
+
+// ready lets the parent go. Later messages reach nobody but whom --verbose
+// kept.
+func (d *daemon) ready() error {
+	to := d.stderr
+	if to == nil {
+		null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+		if err != nil {
+			return err
+		}
+		to = null
+	}
+	defer to.Close()
+	if _, err := d.readiness.Write([]byte{0}); err != nil {
+		return fmt.Errorf("nobody waits for this server: %w", err)
+	}
+	d.readiness.Close()
+	return redirect(to, 2)
+}

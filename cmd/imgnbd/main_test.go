@@ -1,0 +1,165 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+// realQEMUNBD is the path of the real one, "" if there is none. In PATH it is
+// behind this program, which the scripts call by that name too.
+var realQEMUNBD string
+
+func TestMain(m *testing.M) {
+	realQEMUNBD, _ = exec.LookPath("qemu-nbd")
+	program := func() { os.Exit(run(os.Args, os.Stdin, os.Stdout, os.Stderr)) }
+	testscript.Main(m, map[string]func(){"imgnbd": program, "qemu-nbd": program})
+}
+
+// deadline bounds what would otherwise hang.
+const deadline = 60 * time.Second
+
+// TestScripts runs the stories of testdata/script. In them imgnbd and qemu-nbd
+// are this program, $QEMU_NBD is the real one.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata/script",
+		RequireExplicitExec: true,
+		RequireUniqueNames:  true,
+		Setup: func(e *testscript.Env) error {
+			e.Setenv("QEMU_NBD", realQEMUNBD)
+			// Short, since the path of a socket may have 107 bytes.
+			dir, err := os.MkdirTemp("", "s")
+			if err != nil {
+				return err
+			}
+			e.Setenv("S", dir)
+			e.Defer(func() { os.RemoveAll(dir) })
+			return nil
+		},
+		Condition: condition,
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
+			"wait-for": waitFor,
+			"signal":   signalCommand,
+			"probe":    probe,
+			"status":   status,
+		},
+	})
+}
+
+// condition knows tool:NAME, which is true if a program is installed. Where
+// tests run for judgement, its absence is a failure.
+func condition(cond string) (bool, error) {
+	name, ok := strings.CutPrefix(cond, "tool:")
+	if !ok {
+		return false, fmt.Errorf("unknown condition %q", cond)
+	}
+	_, err := exec.LookPath(name)
+	if name == "qemu-nbd" && realQEMUNBD == "" {
+		err = exec.ErrNotFound
+	}
+	if err != nil && os.Getenv("CI") != "" {
+		return false, err
+	}
+	return err == nil, nil
+}
+
+// wait-for FILE...: until all exist; ! wait-for: until none does.
+func waitFor(ts *testscript.TestScript, neg bool, files []string) {
+	for _, f := range files {
+		path := ts.MkAbs(f)
+		eventually(ts, func() error {
+			_, err := os.Lstat(path)
+			if neg && err == nil {
+				return errors.New(path + " still exists")
+			}
+			if neg && errors.Is(err, fs.ErrNotExist) {
+				return nil
+			}
+			return err
+		})
+	}
+}
+
+// signal NAME PIDFILE [stays]: sends it and waits for the process to end, or
+// looks that it does not.
+func signalCommand(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: signal NAME PIDFILE [stays]")
+	}
+	sig, ok := map[string]syscall.Signal{
+		"TERM": syscall.SIGTERM, "INT": syscall.SIGINT, "HUP": syscall.SIGHUP,
+		"USR1": syscall.SIGUSR1, "PIPE": syscall.SIGPIPE, "KILL": syscall.SIGKILL,
+	}[args[0]]
+	if !ok {
+		ts.Fatalf("unknown signal %s", args[0])
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(ts.ReadFile(args[1])))
+	ts.Check(err)
+	ts.Check(syscall.Kill(pid, sig))
+	if len(args) > 2 {
+		return
+	}
+	eventually(ts, func() error {
+		// A zombie waits for its parent, and is as dead as one can be.
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		if err != nil || strings.Contains(string(stat), ") Z ") {
+			return nil
+		}
+		return fmt.Errorf("process %d is still there", pid)
+	})
+}
+
+// probe SOCKET [hold]: connects and leaves, or stays to the end of the script.
+func probe(ts *testscript.TestScript, neg bool, args []string) {
+	c, err := net.Dial("unix", ts.MkAbs(args[0]))
+	if neg {
+		if err == nil {
+			c.Close()
+			ts.Fatalf("%s accepts connections", args[0])
+		}
+		return
+	}
+	ts.Check(err)
+	if len(args) == 1 {
+		ts.Check(c.Close())
+		return
+	}
+	ts.Defer(func() { c.Close() })
+}
+
+// status N COMMAND...: runs it and compares the exit status.
+func status(ts *testscript.TestScript, neg bool, args []string) {
+	want, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	got := 0
+	if e, ok := errors.AsType[*exec.ExitError](ts.Exec(args[1], args[2:]...)); ok {
+		got = e.ExitCode()
+	}
+	if got != want {
+		ts.Fatalf("%s: exit status %d, want %d", filepath.Base(args[1]), got, want)
+	}
+}
+
+func eventually(ts *testscript.TestScript, f func() error) {
+	for end := time.Now().Add(deadline); ; time.Sleep(5 * time.Millisecond) {
+		err := f()
+		if err == nil {
+			return
+		}
+		if time.Now().After(end) {
+			ts.Fatalf("%v", err)
+		}
+	}
+}

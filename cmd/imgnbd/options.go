@@ -1,0 +1,325 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/pflag"
+
+	"github.com/imgnbd/imgnbd/export"
+	"github.com/imgnbd/imgnbd/image"
+	"github.com/imgnbd/imgnbd/internal/nbd"
+)
+
+// serveOptions are what the bare command was asked for.
+type serveOptions struct {
+	flags *pflag.FlagSet
+
+	// Where clients connect.
+	port, bind   string
+	socket       string
+	vsock, stdio bool
+	selinuxLabel string
+
+	// Who may connect, and for how long.
+	shared     int // clients at once; 0: no limit
+	persistent bool
+	handshake  time.Duration // negative: no limit
+
+	// What is shown to them.
+	exportName, description string
+	offset                  int64
+	depth                   bool
+	bitmaps                 []string
+	snapshot                *image.SnapshotSelector
+
+	// How the image is opened.
+	images       imageOptions
+	readOnly     bool
+	cache        cacheMode
+	nativeAIO    bool
+	discard      bool
+	detectZeroes bool
+	unmapZeroes  bool
+	contexts     []export.MetaContext // of the bitmaps, once the image is open
+
+	// What else the process does.
+	list       bool
+	fork       bool
+	pidFile    string
+	verbose    bool
+	runCommand string
+}
+
+// A cacheMode says how far writes have to be when they are answered, and
+// whether the host's page cache is in between.
+type cacheMode struct {
+	direct       bool // bypass the page cache
+	writeThrough bool // each write is made durable
+	noFlush      bool // no flush is passed on
+}
+
+// parseCache knows QEMU's names.
+func parseCache(s string) (cacheMode, error) {
+	switch s {
+	case "none", "off":
+		return cacheMode{direct: true}, nil
+	case "directsync":
+		return cacheMode{direct: true, writeThrough: true}, nil
+	case "writeback":
+		return cacheMode{}, nil
+	case "writethrough":
+		return cacheMode{writeThrough: true}, nil
+	case "unsafe":
+		return cacheMode{noFlush: true}, nil
+	}
+	return cacheMode{}, says("Invalid cache mode `%s'", s)
+}
+
+var (
+	errHelp    = errors.New("help is asked for")
+	errVersion = errors.New("the version is asked for")
+)
+
+// newServeOptions returns the table of the bare command: first qemu-nbd's
+// options, in its order, which is the one that messages list them in; then our
+// own, which the name qemu-nbd does without unless they are written out.
+func newServeOptions() *serveOptions {
+	fs := pflag.NewFlagSet("", pflag.ContinueOnError)
+	fs.SortFlags = false
+	o := &serveOptions{flags: fs, shared: 1, handshake: 10 * time.Second}
+
+	flag(fs, "help", "h", func() error { return errHelp })
+	flag(fs, "version", "V", func() error { return errVersion })
+	fs.StringVarP(&o.bind, "bind", "b", "0.0.0.0", "")
+	fs.StringVarP(&o.port, "port", "p", strconv.Itoa(nbd.DefaultPort), "")
+	value(fs, "socket", "k", func(s string) error {
+		if !strings.HasPrefix(s, "/") {
+			return errors.New("socket path must be absolute")
+		}
+		o.socket = s
+		return nil
+	})
+	value(fs, "offset", "o", func(s string) (err error) {
+		if o.offset, err = cInt(s, 64); err != nil || o.offset < 0 {
+			return says("Invalid offset '%s'", s)
+		}
+		return nil
+	})
+	fs.BoolVarP(&o.readOnly, "read-only", "r", false, "")
+	fs.BoolVarP(&o.depth, "allocation-depth", "A", false, "")
+	value(fs, "bitmap", "B", func(s string) error {
+		o.bitmaps = append(o.bitmaps, s)
+		return nil
+	})
+	refuseValue(fs, "connect", "c", "serve with --socket=PATH, then: nbd-client -unix PATH DEVICE")
+	refuse(fs, "disconnect", "d", "detach with: nbd-client -d DEVICE")
+	fs.BoolVarP(&o.list, "list", "L", false, "")
+	refuse(fs, "snapshot", "s", "serve with --read-only, or serve an overlay that you made over FILE")
+	value(fs, "load-snapshot", "l", func(s string) (err error) {
+		o.snapshot, err = parseSnapshot(s)
+		return err
+	})
+	setCache := func(s string) (err error) {
+		if fs.Changed("cache") || fs.Changed("nocache") {
+			return errors.New("-n and --cache can only be specified once")
+		}
+		o.cache, err = parseCache(s)
+		return err
+	}
+	flag(fs, "nocache", "n", func() error { return setCache("none") })
+	value(fs, "cache", "", setCache)
+	value(fs, "aio", "", o.setAIO)
+	value(fs, "discard", "", func(s string) error {
+		if fs.Changed("discard") {
+			return errors.New("--discard can only be specified once")
+		}
+		switch s {
+		case "ignore", "off":
+		case "unmap", "on":
+			o.discard = true
+		default:
+			return says("Invalid discard mode `%s'", s)
+		}
+		return nil
+	})
+	value(fs, "detect-zeroes", "", o.setDetectZeroes)
+	value(fs, "shared", "e", func(s string) error {
+		n, err := cInt(s, 32)
+		if err != nil || n < 0 {
+			return says("Invalid shared device number '%s'", s)
+		}
+		o.shared = int(n)
+		return nil
+	})
+	o.images.addFormat(fs)
+	fs.BoolVarP(&o.persistent, "persistent", "t", false, "")
+	fs.BoolVarP(&o.verbose, "verbose", "v", false, "")
+	refuseValue(fs, "object", "", "secrets and TLS are what objects are for; this version serves in the clear")
+	value(fs, "export-name", "x", o.bounded(&o.exportName, "export name"))
+	value(fs, "description", "D", o.bounded(&o.description, "export description"))
+	const noTLS = "this version serves in the clear: use a Unix socket, or a tunnel such as ssh or stunnel"
+	refuseValue(fs, "tls-creds", "", noTLS)
+	refuseValue(fs, "tls-hostname", "", noTLS)
+	refuseValue(fs, "tls-authz", "", noTLS)
+	o.images.addImageOpts(fs)
+	refuseValue(fs, "trace", "T", "--verbose tells what clients do")
+	fs.BoolVar(&o.fork, "fork", false, "")
+	fs.StringVar(&o.pidFile, "pid-file", "", "")
+	fs.StringVar(&o.selinuxLabel, "selinux-label", "", "")
+	value(fs, "handshake-limit", "", func(s string) error {
+		n, err := cInt(s, 32)
+		if err != nil || n < 0 {
+			return says("Invalid handshake limit '%s'", s)
+		}
+		if o.handshake = time.Duration(n) * time.Second; n == 0 {
+			o.handshake = -1
+		}
+		return nil
+	})
+
+	fs.BoolVar(&o.stdio, "stdio", false, "")
+	fs.StringVar(&o.runCommand, "run", "", "")
+	fs.BoolVar(&o.vsock, "vsock", false, "")
+	o.images.addBacking(fs)
+	for _, name := range []string{"stdio", "run", "vsock", "backing", "backing-dir"} {
+		fs.SetAnnotation(name, own, nil)
+	}
+	return o
+}
+
+func (o *serveOptions) setAIO(s string) error {
+	if o.flags.Changed("aio") {
+		return errors.New("--aio can only be specified once")
+	}
+	switch s {
+	case "threads":
+	case "native":
+		o.nativeAIO = true
+	case "io_uring":
+		return hinted(errors.New("aio mode 'io_uring' is not supported"), "use --aio=threads")
+	default:
+		return says("Invalid aio mode '%s'", s)
+	}
+	return nil
+}
+
+// setDetectZeroes looks at --discard as far as it has been read: qemu-nbd's
+// options depend on their order here.
+func (o *serveOptions) setDetectZeroes(s string) error {
+	o.detectZeroes, o.unmapZeroes = s != "off", s == "unmap"
+	switch {
+	case s != "off" && s != "on" && s != "unmap":
+		return says("Failed to parse detect_zeroes mode: invalid parameter value: %s", s)
+	case o.unmapZeroes && !o.discard:
+		return errors.New("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
+	}
+	return nil
+}
+
+// bounded sets a string that clients are told.
+func (o *serveOptions) bounded(p *string, what string) func(string) error {
+	return func(s string) error {
+		if len(s) > nbd.MaxString {
+			return fmt.Errorf("%s '%s' too long", what, s)
+		}
+		*p = s
+		return nil
+	}
+}
+
+// parseSnapshot reads what --load-snapshot names.
+func parseSnapshot(s string) (*image.SnapshotSelector, error) {
+	if !strings.HasPrefix(s, "snapshot.") {
+		return &image.SnapshotSelector{Any: s}, nil
+	}
+	sel := new(image.SnapshotSelector)
+	for _, p := range keyValues(s, "") {
+		switch p.Key {
+		case "snapshot.id":
+			sel.ID = p.Value
+		case "snapshot.name":
+			sel.Name = p.Value
+		default:
+			return nil, errors.Join(says("Invalid parameter '%s'", p.Key),
+				says("Failed in parsing snapshot param `%s'", s))
+		}
+	}
+	return sel, nil
+}
+
+// keyValues splits QEMU's key=value,key=value. A comma in a value is written
+// twice; a first element without "=" is the value of implied; a key elsewhere
+// without "=" is switched on.
+func keyValues(s, implied string) []image.Param {
+	var params []image.Param
+	for s != "" {
+		var p image.Param
+		end := strings.IndexAny(s, "=,")
+		switch {
+		case end >= 0 && s[end] == '=':
+			p.Key, s = s[:end], s[end+1:]
+			p.Value, s = cutValue(s)
+		case implied != "" && params == nil:
+			p.Key = implied
+			p.Value, s = cutValue(s)
+		default:
+			p.Value = "on"
+			p.Key, s, _ = strings.Cut(s, ",")
+		}
+		params = append(params, p)
+	}
+	return params
+}
+
+// cutValue takes a value up to a comma that is not doubled.
+func cutValue(s string) (value, rest string) {
+	var b strings.Builder
+	for i := 0; i < len(s); i++ {
+		if s[i] == ',' {
+			if i+1 == len(s) || s[i+1] != ',' {
+				return b.String(), s[i+1:]
+			}
+			i++
+		}
+		b.WriteByte(s[i])
+	}
+	return b.String(), ""
+}
+
+// cInt reads an integer as C's strtol of base 0 does: decimal, 0x and 0.
+func cInt(s string, bits int) (int64, error) {
+	s = strings.TrimLeft(s, " \t\n\v\f\r")
+	digits := strings.TrimLeft(s, "+-")
+	if strings.ContainsAny(digits, "_") || len(digits) > 1 && digits[0] == '0' && strings.ContainsAny(digits[1:2], "bBoO") {
+		return 0, strconv.ErrSyntax // Go's notations, not C's
+	}
+	return strconv.ParseInt(s, 0, bits)
+}
+
+// flag adds an option without a value.
+func flag(fs *pflag.FlagSet, name, short string, set func() error) {
+	fs.BoolFuncP(name, short, "", func(string) error { return set() })
+}
+
+// value adds an option that has one.
+func value(fs *pflag.FlagSet, name, short string, set func(string) error) {
+	fs.FuncP(name, short, "", set)
+}
+
+// refuse adds an option of qemu-nbd's that this version has no use for. To
+// ignore it would be to lie.
+func refuse(fs *pflag.FlagSet, name, short, instead string) {
+	flag(fs, name, short, func() error { return refusal(name, instead) })
+}
+
+func refuseValue(fs *pflag.FlagSet, name, short, instead string) {
+	value(fs, name, short, func(string) error { return refusal(name, instead) })
+}
+
+func refusal(name, instead string) error {
+	return hinted(fmt.Errorf("--%s is not supported by this version", name), instead)
+}

@@ -1,0 +1,30 @@
+package main
+
+import (
+	"os"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+)
+
+// selfPath starts this very program again, even if its file was replaced.
+func selfPath() (string, error) { return "/proc/self/exe", nil }
+
+// redirect makes descriptor to the same as from.
+func redirect(from *os.File, to int) error { return unix.Dup3(int(from.Fd()), to, 0) }
+
+// withSocketLabel calls f so that sockets it makes have an SELinux context.
+func withSocketLabel(label string, f func() error) error {
+	if label == "" {
+		return f()
+	}
+	// The context belongs to the thread.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	const attr = "/proc/thread-self/attr/sockcreate"
+	if err := os.WriteFile(attr, append([]byte(label), 0), 0); err != nil {
+		return says("Cannot set SELinux socket create context to %s: %s", label, strerror(err))
+	}
+	defer os.WriteFile(attr, nil, 0)
+	return f()
+}

@@ -1,0 +1,23 @@
+//go:build !linux
+
+package main
+
+import (
+	"errors"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+func selfPath() (string, error) { return os.Executable() }
+
+func redirect(from *os.File, to int) error { return unix.Dup2(int(from.Fd()), to) }
+
+func withSocketLabel(label string, f func() error) error {
+	if label != "" {
+		return errors.New("SELinux labels are for Linux")
+	}
+	return f()
+}
+
+func listenVsock(string) (*place, error) { return nil, errors.New("AF_VSOCK is for Linux") }

@@ -1,0 +1,202 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"github.com/imgnbd/imgnbd/export"
+	"github.com/imgnbd/imgnbd/image"
+)
+
+// serveCommand is the bare command. args are needed to start it again as a
+// daemon.
+func serveCommand(args []string) *command {
+	o := newServeOptions()
+	return &command{flags: o.flags, run: func(u *ui, operands []string) error { return o.run(u, operands, args) }}
+}
+
+// run checks and acts in the order that qemu-nbd does, so that of several
+// mistakes the same one is named.
+func (o *serveOptions) run(u *ui, operands, args []string) error {
+	d := asDaemon()
+	if err := o.check(operands); err != nil {
+		return err
+	}
+	passed, err := activated()
+	if err == nil && passed > 0 {
+		err = o.checkActivation(u, passed)
+	}
+	if err != nil {
+		return err
+	}
+	if o.selinuxLabel != "" && o.socket == "" {
+		return says("--selinux-label is not permitted without --socket")
+	}
+	if o.list {
+		return o.listExports(u)
+	}
+	var listen *os.File
+	if passed > 0 {
+		listen = os.NewFile(firstActivated, "activation")
+	}
+	if d != nil {
+		listen = d.listen
+	} else if o.fork {
+		return startDaemon(u, args, listen, o.verbose)
+	}
+	return (&service{opt: o, u: u, file: operands[0], daemon: d}).run(listen)
+}
+
+// check refuses options that contradict each other.
+func (o *serveOptions) check(operands []string) error {
+	if o.list {
+		if len(operands) > 0 {
+			return says("List mode is incompatible with a file name")
+		}
+		for _, name := range []string{"export-name", "description", "offset", "format", "load-snapshot",
+			"bitmap", "allocation-depth", "aio", "discard", "cache", "nocache"} {
+			if o.flags.Changed(name) {
+				return says("List mode is incompatible with per-device settings")
+			}
+		}
+		if o.fork {
+			return says("List mode is incompatible with forking")
+		}
+	} else if len(operands) != 1 {
+		return &usage{text: "Invalid number of arguments"}
+	}
+	for _, pair := range [][2]string{
+		{"stdio", "socket"}, {"stdio", "port"}, {"stdio", "bind"}, {"stdio", "vsock"}, {"stdio", "fork"},
+		{"stdio", "run"}, {"stdio", "list"}, {"run", "fork"}, {"run", "list"}, {"vsock", "socket"},
+		{"vsock", "bind"}, {"vsock", "list"},
+	} {
+		if o.flags.Changed(pair[0]) && o.flags.Changed(pair[1]) {
+			return fmt.Errorf("--%s and --%s exclude each other", pair[0], pair[1])
+		}
+	}
+	return nil
+}
+
+// open opens the image and wraps it in what the options ask for.
+func (o *serveOptions) open(ctx context.Context, u *ui, file string) (image.Device, error) {
+	t, err := o.images.target(file, o.flags.Changed("format"), nbdWords)
+	if err != nil {
+		return nil, err
+	}
+	if o.nativeAIO && !o.cache.direct {
+		return nil, t.failed(says("aio=native was specified, but it requires cache.direct=on, which was not specified."))
+	}
+	t.opt.ReadOnly = o.readOnly || o.snapshot != nil
+	t.opt.Direct = o.cache.direct
+	chain := o.images.chain(u)
+	dev, err := t.open(ctx, chain)
+	if err != nil {
+		if errors.Is(err, fs.ErrNotExist) && !u.compat() {
+			err = hinted(err, "imgnbd help lists what else this program does")
+		}
+		return nil, err
+	}
+	if dev.Info().ReadOnly && !t.opt.ReadOnly {
+		return nil, errors.Join(t.failed(hinted(says("Block node is read-only"), "use --read-only")), dev.Close())
+	}
+	if o.snapshot != nil {
+		if dev, err = o.openSnapshot(dev); err != nil {
+			return nil, err
+		}
+	}
+	if o.bitmaps != nil && o.contexts == nil {
+		if o.contexts, err = bitmapContexts(dev, o.bitmaps); err != nil {
+			return nil, errors.Join(err, dev.Close())
+		}
+	}
+	return o.wrap(dev), nil
+}
+
+// wrap makes dev behave as the options ask.
+func (o *serveOptions) wrap(dev image.Device) image.Device {
+	if o.readOnly || dev.Info().ReadOnly {
+		return dev
+	}
+	if !o.discard {
+		dev = image.IgnoreDiscard(dev)
+	}
+	if o.detectZeroes {
+		dev = image.DetectZeroes(dev, o.unmapZeroes)
+	}
+	switch {
+	case o.cache.writeThrough:
+		dev = image.WriteThrough(dev)
+	case o.cache.noFlush:
+		dev = image.Unsafe(dev)
+	}
+	return dev
+}
+
+// openSnapshot opens an internal snapshot of dev, which it replaces.
+func (o *serveOptions) openSnapshot(dev image.Device) (image.Device, error) {
+	failed := func(err error) (image.Device, error) {
+		return nil, errors.Join(says("Failed to load snapshot: %v", err), dev.Close())
+	}
+	s, ok := image.As[image.Snapshotter](dev)
+	if !ok {
+		return failed(says("Block format '%s' used by device '' does not support temporarily loading internal snapshots", dev.Info().Format))
+	}
+	snap, err := s.OpenSnapshot(*o.snapshot)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return failed(says("Can't find snapshot"))
+	case err != nil:
+		return failed(err)
+	}
+	if err := dev.Close(); err != nil { // the snapshot keeps the image open
+		return nil, errors.Join(err, snap.Close())
+	}
+	return snap, nil
+}
+
+const sector = 512
+
+// export says how dev is shown.
+func (o *serveOptions) export(dev image.Device) (*export.Export, error) {
+	info := dev.Info()
+	if o.offset > info.Size {
+		return nil, says("Offset (%d) cannot be greater than size of the containing file (%d)", o.offset, info.Size)
+	}
+	e := &export.Export{
+		Name:            o.exportName,
+		Description:     o.description,
+		Device:          dev,
+		Offset:          o.offset,
+		Length:          (info.Size - o.offset) &^ (sector - 1), // whole sectors, as in qemu-nbd
+		ReadOnly:        o.readOnly || info.ReadOnly,
+		MultiConn:       o.shared != 1,
+		AllocationDepth: o.depth,
+		Contexts:        o.contexts,
+	}
+	if e.Length == 0 {
+		e.Offset = info.Size // Length 0 would be all that follows
+	}
+	return e, nil
+}
+
+// newServer shows e, and nothing else, to clients.
+func (o *serveOptions) newServer(u *ui, e *export.Export, v *visitors) *export.Server {
+	return &export.Server{
+		Open: func(_ context.Context, _ *export.Client, name string) (*export.Export, error) {
+			if name != e.Name {
+				return nil, fs.ErrNotExist
+			}
+			return e, nil
+		},
+		List: func(context.Context, *export.Client) ([]export.Info, error) {
+			return []export.Info{{Name: e.Name, Description: e.Description}}, nil
+		},
+		ConnState:  v.state,
+		MaxClients: o.shared,
+		Limits:     export.Limits{Handshake: o.handshake},
+		Log:        u.logger(o.verbose),
+	}
+}

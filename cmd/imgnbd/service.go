@@ -1,0 +1,241 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/imgnbd/imgnbd/export"
+	"github.com/imgnbd/imgnbd/image"
+)
+
+// drainTime is how long clients have to take the replies to what they had
+// asked for when the server was told to stop.
+const drainTime = 10 * time.Second
+
+// A service is the bare command while it runs.
+type service struct {
+	opt    *serveOptions
+	u      *ui
+	file   string
+	daemon *daemon // nil in the foreground
+
+	signals  chan os.Signal // that ask for the end
+	place    *place
+	device   image.Device
+	server   *export.Server
+	visitors *visitors
+	pid      io.Closer // the file, nil if there is none
+	command  *exec.Cmd // of --run, nil if there is none
+	ended    chan error
+}
+
+// run serves until it is told to stop, or nobody is left to serve. The socket
+// is there before the image is opened, and clients wait in it.
+func (s *service) run(passed *os.File) (err error) {
+	defer s.catchSignals()()
+	if err := s.listen(passed); err != nil {
+		return err
+	}
+	defer s.place.close()
+	if s.device, err = s.openOr(s.signals); s.device == nil || err != nil {
+		return err
+	}
+	defer func() {
+		if e := s.device.Close(); err == nil {
+			err = e
+		}
+	}()
+	e, err := s.opt.export(s.device)
+	if err != nil {
+		return err
+	}
+	s.visitors = newVisitors()
+	s.server = s.opt.newServer(s.u, e, s.visitors)
+	if err := s.announce(); err != nil {
+		return err
+	}
+	if s.pid != nil {
+		defer s.pid.Close()
+	}
+	return s.serve()
+}
+
+// catchSignals makes signals end the service in good order, from now on: also
+// while the image is being opened. It returns what undoes that.
+func (s *service) catchSignals() (undo func()) {
+	s.signals = make(chan os.Signal, 2)
+	signal.Notify(s.signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	ignored := make(chan os.Signal, 1) // they do nothing to qemu-nbd either
+	signal.Notify(ignored, syscall.SIGPIPE, syscall.SIGUSR1)
+	return func() {
+		signal.Stop(s.signals)
+		signal.Stop(ignored)
+	}
+}
+
+func (s *service) listen(passed *os.File) (err error) {
+	switch {
+	case passed != nil:
+		s.place, err = listenOn(passed)
+	case s.opt.stdio:
+		s.place = &place{}
+	default:
+		s.place, err = s.opt.listen(context.Background())
+	}
+	return err
+}
+
+// openOr opens the image unless a signal comes first; then both results are
+// nil. Opening may wait for a slow medium, and cannot be interrupted there.
+func (s *service) openOr(signals <-chan os.Signal) (image.Device, error) {
+	type opened struct {
+		device image.Device
+		err    error
+	}
+	done := make(chan opened, 1)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	go func() {
+		device, err := s.opt.open(ctx, s.u, s.file)
+		done <- opened{device, err}
+	}()
+	select {
+	case r := <-done:
+		return r.device, r.err
+	case <-signals:
+		return nil, nil
+	}
+}
+
+// announce tells everyone who waits that clients can be served.
+func (s *service) announce() (err error) {
+	if s.opt.pidFile != "" {
+		if s.pid, err = writePIDFile(s.opt.pidFile); err != nil {
+			return err
+		}
+	}
+	if s.opt.verbose && !s.opt.stdio {
+		uri := s.place.uri
+		uri.Export = s.opt.exportName
+		s.u.message("serving " + s.file + " at " + uri.String())
+	}
+	if s.opt.runCommand != "" {
+		s.ended = make(chan error, 1)
+		if s.command, err = s.opt.startCommand(s.u, s.place); err != nil {
+			return err
+		}
+		go func() { s.ended <- s.command.Wait() }()
+	} else if err := os.Chdir("/"); err != nil { // keep no file system busy
+		return err
+	}
+	if s.daemon != nil {
+		return s.daemon.ready()
+	}
+	return nil
+}
+
+// serve accepts clients until something ends that, and then lets those that
+// are there finish.
+func (s *service) serve() error {
+	failed := make(chan error, len(s.place.listeners)+1)
+	var serving sync.WaitGroup
+	for _, l := range s.place.listeners {
+		serving.Go(func() {
+			if err := s.server.Serve(l); !errors.Is(err, export.ErrServerClosed) {
+				failed <- err
+			}
+		})
+	}
+	if s.opt.stdio {
+		serving.Go(func() { failed <- s.server.ServeConn(stdioConn(s.u)) })
+	}
+	err := s.wait(failed)
+	if e := s.shutdown(); err == nil {
+		err = e
+	}
+	serving.Wait()
+	return err
+}
+
+// wait returns when the service is to end. With --run that is when the command
+// ends, which is told of signals; a second one does not wait for it.
+func (s *service) wait(failed <-chan error) error {
+	over := s.visitors.over
+	if s.opt.persistent || s.command != nil {
+		over = nil
+	}
+	select {
+	case <-s.signals:
+	case <-over:
+	case err := <-s.ended:
+		return exitOf(err)
+	case err := <-failed:
+		return err
+	}
+	if s.command == nil {
+		return nil
+	}
+	s.command.Process.Signal(syscall.SIGTERM)
+	select {
+	case err := <-s.ended:
+		return exitOf(err)
+	case <-s.signals:
+		return &exit{code: 1}
+	}
+}
+
+// shutdown finishes what clients have asked for, and flushes it. Clients who
+// do not take their replies are cut off after a while, or by a signal; that is
+// no failure.
+func (s *service) shutdown() error {
+	ctx, cancel := context.WithTimeout(context.Background(), drainTime)
+	defer cancel()
+	go func() {
+		select {
+		case <-s.signals:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	err := s.server.Shutdown(ctx)
+	if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+		return nil
+	}
+	return err
+}
+
+// visitors counts clients, to know when the last has left.
+type visitors struct {
+	over chan struct{} // closed when nobody is left and somebody was served
+
+	mu     sync.Mutex
+	here   int
+	served bool // a client has agreed on an export
+	closed bool
+}
+
+func newVisitors() *visitors { return &visitors{over: make(chan struct{})} }
+
+func (v *visitors) state(_ *export.Client, s export.State) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	switch s {
+	case export.StateNew:
+		v.here++
+	case export.StateActive:
+		v.served = true
+	case export.StateClosed:
+		v.here--
+	}
+	if v.here == 0 && v.served && !v.closed {
+		v.closed = true
+		close(v.over)
+	}
+}

@@ -1,0 +1,187 @@
+package main
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/spf13/pflag"
+)
+
+func allCommands() []*command { return append([]*command{serveCommand(nil)}, commands()...) }
+
+// What a flag set has and what the synopsis says are the same, to the letter.
+func TestSynopsis(t *testing.T) {
+	for _, c := range allCommands() {
+		var have, written []string
+		c.flags.VisitAll(func(f *pflag.Flag) {
+			have = append(have, optionSpelling(f.Shorthand, f.Name, takesValue(f)))
+		})
+		for _, o := range documentedOptions(c.name) {
+			written = append(written, optionSpelling(o.short, o.long, o.arg != ""))
+		}
+		slices.Sort(have)
+		slices.Sort(written)
+		if diff := cmp.Diff(have, written); diff != "" {
+			t.Errorf("command %q, flags against docs/synopsis.txt:\n%s", c.name, diff)
+		}
+	}
+}
+
+func optionSpelling(short, long string, value bool) string {
+	s := "--" + long
+	if short != "" {
+		s = "-" + short + ", " + s
+	}
+	if value {
+		s += "=..."
+	}
+	return s
+}
+
+// The manual has each option of each command, with its letter.
+func TestManual(t *testing.T) {
+	text, err := os.ReadFile("../../docs/man/imgnbd.1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	items := regexp.MustCompile(`(?m)^\.It (?:Fl (\w)(?: Ar \S+)? , )?Fl -([a-z-]+)`)
+	written := map[string]string{} // the letter of each
+	sections := strings.Split(string(text), "\n.Ss ")
+	for _, c := range allCommands() {
+		want := "Serving"
+		if c.name != "" {
+			want = "imgnbd " + c.name
+		}
+		i := slices.IndexFunc(sections, func(s string) bool { return strings.HasPrefix(s, want+"\n") })
+		if i < 0 {
+			t.Errorf("the manual has no section %q", want)
+			continue
+		}
+		for _, m := range items.FindAllStringSubmatch(sections[i], -1) {
+			written[c.name+" "+m[2]] = m[1]
+		}
+		c.flags.VisitAll(func(f *pflag.Flag) {
+			short, ok := written[c.name+" "+f.Name]
+			if f.Name != "help" && (!ok || short != f.Shorthand) {
+				t.Errorf("the manual does not have %s -%s, --%s", c.name, f.Shorthand, f.Name)
+			}
+			delete(written, c.name+" "+f.Name)
+		})
+	}
+	for name := range written {
+		t.Errorf("the manual has an option that does not exist: %s", name)
+	}
+}
+
+func TestHelp(t *testing.T) {
+	out := func(args ...string) string {
+		var stdout, stderr bytes.Buffer
+		if code := run(args, nil, &stdout, &stderr); code != 0 || stderr.Len() > 0 {
+			t.Fatalf("%q: exit status %d, %s", args, code, &stderr)
+		}
+		return stdout.String()
+	}
+	if s := out("imgnbd", "--help"); !strings.HasPrefix(s, "Usage: imgnbd [OPTIONS] FILE\n  or:  imgnbd -L [OPTIONS]\n") ||
+		!strings.Contains(s, "--stdio") || !strings.Contains(s, "\n  info ") {
+		t.Error(s)
+	}
+	// A name of qemu-nbd's has what qemu-nbd has.
+	if s := out("/usr/bin/qemu-nbd", "--help"); !strings.HasPrefix(s, "Usage: /usr/bin/qemu-nbd [OPTIONS] FILE\n") ||
+		strings.Contains(s, "--stdio") || strings.Contains(s, "PROGRAM") {
+		t.Error(s)
+	}
+	if out("imgnbd", "help") != out("imgnbd", "-h") || out("imgnbd", "help", "info") != out("imgnbd", "info", "-h") {
+		t.Error("help depends on how one asks")
+	}
+	// Every command is in the list.
+	for _, c := range commands() {
+		if !strings.Contains(out("imgnbd", "help"), "\n  "+c.name+" ") {
+			t.Errorf("help says nothing of %s", c.name)
+		}
+	}
+}
+
+// Scripts take the second word of the first line for a version.
+func TestVersion(t *testing.T) {
+	for _, name := range []string{"imgnbd", "qemu-nbd", "/usr/bin/qemu-nbd"} {
+		var stdout bytes.Buffer
+		if code := run([]string{name, "--version", "--nonsense"}, nil, &stdout, os.Stderr); code != 0 {
+			t.Fatalf("exit status %d", code)
+		}
+		line, _, _ := strings.Cut(stdout.String(), "\n")
+		f := strings.Fields(line)
+		if len(f) < 2 || f[0] != name || !regexp.MustCompile(`^\d+\.\d+\.\d+`).MatchString(f[1]) {
+			t.Errorf("%s: %q", name, line)
+		}
+		if strings.HasSuffix(name, "qemu-nbd") && f[1] != compatVersion {
+			t.Errorf("%s says it is version %s", name, f[1])
+		}
+	}
+}
+
+// The script completes what the program has: options, commands, values.
+func TestCompletion(t *testing.T) {
+	bash, err := exec.LookPath("bash")
+	if err != nil {
+		t.Skip("bash is not installed")
+	}
+	var script bytes.Buffer
+	if code := run([]string{"imgnbd", "completion", "bash"}, nil, &script, os.Stderr); code != 0 {
+		t.Fatalf("exit status %d", code)
+	}
+	complete := func(words ...string) []string {
+		cmd := exec.Command(bash, "-c", script.String()+`
+COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+_imgnbd; printf '%s\n' "${COMPREPLY[@]}"`, "bash")
+		cmd.Args = append(cmd.Args, words...)
+		cmd.Dir = t.TempDir()
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		return strings.Fields(string(out))
+	}
+	for _, test := range []struct {
+		words []string
+		want  string
+	}{
+		{[]string{"imgnbd", "--sel"}, "--selinux-label"},
+		{[]string{"imgnbd", "inf"}, "info"},
+		{[]string{"imgnbd", "info", "--backing-c"}, "--backing-chain"},
+		{[]string{"imgnbd", "--cache", "=", "wr"}, "writeback writethrough"},
+		{[]string{"imgnbd", "-f", "qc"}, "qcow2"},
+		{[]string{"imgnbd", "completion", "z"}, "zsh"},
+	} {
+		if got := strings.Join(complete(test.words...), " "); got != test.want {
+			t.Errorf("%q: %q, want %q", test.words, got, test.want)
+		}
+	}
+	for _, c := range allCommands() {
+		c.flags.VisitAll(func(f *pflag.Flag) {
+			words := []string{"imgnbd", "--" + f.Name}
+			if c.name != "" {
+				words = []string{"imgnbd", c.name, "--" + f.Name}
+			}
+			if !slices.Contains(complete(words...), "--"+f.Name) {
+				t.Errorf("%s is not completed", strings.Join(words, " "))
+			}
+		})
+	}
+	for _, shell := range []string{"zsh", "fish"} {
+		var out bytes.Buffer
+		if code := run([]string{"imgnbd", "completion", shell}, nil, &out, os.Stderr); code != 0 {
+			t.Fatalf("%s: exit status %d", shell, code)
+		}
+		for _, o := range documentedOptions("") {
+			if !strings.Contains(out.String(), o.long) {
+				t.Errorf("%s: nothing of --%s", shell, o.long)
+			}
+		}
+	}
+}

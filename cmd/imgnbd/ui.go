@@ -1,0 +1,128 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"unicode"
+
+	"github.com/imgnbd/imgnbd/image"
+)
+
+// The rules of output:
+//
+//   - results go to stdout, everything else to stderr;
+//   - a message is one line that begins with the name of the program as it was
+//     called; "hint:" lines say what to do about the message above them;
+//   - text that scripts know from qemu-nbd or qemu-img is theirs to the byte.
+
+// A ui is how the program talks to who called it.
+type ui struct {
+	called         string // argv[0]
+	name           string // its last element
+	stdin          io.Reader
+	stdout, stderr io.Writer
+}
+
+func newUI(called string, stdin io.Reader, stdout, stderr io.Writer) *ui {
+	return &ui{called, filepath.Base(called), stdin, stdout, stderr}
+}
+
+// compat reports whether the program was called by qemu-nbd's name.
+func (u *ui) compat() bool { return u.name == "qemu-nbd" }
+
+func (u *ui) printf(format string, args ...any) { fmt.Fprintf(u.stdout, format, args...) }
+
+// message prints one line, or several that belong together, at once: messages
+// of several goroutines do not mix.
+func (u *ui) message(text string) { io.WriteString(u.stderr, u.name+": "+text+"\n") }
+
+func (u *ui) warning(text string) { u.message("warning: " + text) }
+
+// An exit ends the program with a status other than 1.
+type exit struct {
+	code int
+	err  error // nil: what there was to say has been said
+}
+
+func (e *exit) Error() string {
+	if e.err == nil {
+		return fmt.Sprintf("exit status %d", e.code)
+	}
+	return e.err.Error()
+}
+
+func (e *exit) Unwrap() error { return e.err }
+
+// A usage is a mistake in the command line.
+type usage struct {
+	text   string
+	getopt bool // found while scanning; printed as getopt_long and its callers do
+}
+
+func (e *usage) Error() string { return e.text }
+
+// fail prints err and returns the exit status that it stands for.
+func (u *ui) fail(err error) int {
+	if err == nil {
+		return 0
+	}
+	if list, ok := err.(interface{ Unwrap() []error }); ok {
+		for _, err := range list.Unwrap() {
+			u.fail(err)
+		}
+		return 1
+	}
+	code := 1
+	if e, ok := errors.AsType[*exit](err); ok {
+		if code = e.code; e.err == nil {
+			return code
+		}
+	}
+	if e, ok := errors.AsType[*usage](err); ok {
+		try := "Try `" + u.called + " --help' for more information.\n"
+		if e.getopt {
+			io.WriteString(u.stderr, u.called+": "+e.text+"\n"+u.name+": "+try)
+		} else {
+			io.WriteString(u.stderr, u.name+": "+e.text+"\n"+try)
+		}
+		return code
+	}
+	text := err.Error()
+	for e := err; ; {
+		hint, ok := errors.AsType[*image.Hint](e)
+		if !ok {
+			break
+		}
+		text += "\n" + u.name + ": hint: " + hint.Advice
+		e = hint.Err
+	}
+	u.message(text)
+	return code
+}
+
+// strerror is what C's strerror says of the errno in err; other errors speak
+// for themselves.
+func strerror(err error) string {
+	if errno, ok := errors.AsType[syscall.Errno](err); ok {
+		s := []rune(errno.Error())
+		s[0] = unicode.ToUpper(s[0])
+		return string(s)
+	}
+	return err.Error()
+}
+
+// says returns an error in the words of qemu-nbd or qemu-img.
+func says(format string, args ...any) error { return qemuError(fmt.Sprintf(format, args...)) }
+
+type qemuError string
+
+func (e qemuError) Error() string { return string(e) }
+
+// hinted adds advice to an error.
+func hinted(err error, advice ...string) error {
+	return &image.Hint{Err: err, Advice: strings.Join(advice, " ")}
+}
