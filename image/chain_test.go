@@ -521,6 +521,10 @@ func TestGuessedRaw(t *testing.T) {
 	}
 	dev.Close()
 	d.warns = nil
+	// With an offset, the guard would look at another disk than is recognised.
+	if _, err := d.chain.Open(t.Context(), path, image.OpenOptions{Params: []image.Param{{Key: "offset", Value: "512"}}}); err == nil {
+		t.Error("an offset into a guess is accepted")
+	}
 	dev = open(image.OpenOptions{Format: "raw"})
 	if err := dev.WriteAt([]byte("TOY\n"), 0, 0); err != nil {
 		t.Errorf("a header is not written although the format is given: %v", err)

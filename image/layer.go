@@ -30,6 +30,11 @@ func (l *layer) open(ctx context.Context, src source, opt OpenOptions) (Device, 
 		}
 		src.format, looked, guessed = f.Name, id, g
 	}
+	if guessed && len(src.params) > 0 {
+		// Besides being a guess, they would show the guard another disk than
+		// is recognised the next time.
+		return nil, &Hint{Err: errors.New("options for a format that is a guess"), Advice: "give the format: -f raw"}
+	}
 	f, err := l.chain.format(src.format)
 	if err != nil {
 		return nil, err
