@@ -1,0 +1,203 @@
+package drivers_test
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/imgnbd/imgnbd/image"
+	"github.com/imgnbd/imgnbd/internal/drivers"
+	"github.com/imgnbd/imgnbd/internal/test/qemu"
+)
+
+func chain() *image.Chain {
+	return &image.Chain{Formats: drivers.Formats(), Protocols: drivers.Protocols()}
+}
+
+func TestTables(t *testing.T) {
+	seen := make(map[string]bool)
+	for _, f := range drivers.Formats() {
+		if f.Name == "" || seen[f.Name] || f.Open == nil || f.Inspect == nil {
+			t.Errorf("format %q is incomplete or there twice", f.Name)
+		}
+		if (f.Probe == nil) != (f.Name == "raw") {
+			t.Errorf("format %q: only raw is recognised by nothing", f.Name)
+		}
+		seen[f.Name] = true
+	}
+	for _, p := range drivers.Protocols() {
+		if p.Name == "" || seen[p.Name] || p.Open == nil {
+			t.Errorf("protocol %q is incomplete or there twice", p.Name)
+		}
+		seen[p.Name] = true
+	}
+}
+
+func TestForeign(t *testing.T) {
+	for _, tt := range []struct{ format, options, says string }{
+		{"vmdk", "", "VMDK"},
+		{"vmdk", "subformat=monolithicFlat", "VMDK"},
+		{"vmdk", "subformat=streamOptimized", "VMDK"},
+		{"vhdx", "", "VHDX"},
+		{"vpc", "", "VHD"},
+		{"vdi", "", "VDI"},
+		{"parallels", "", "Parallels"},
+		{"qed", "", "QED"},
+		{"qcow", "", "version 1"},
+	} {
+		path := qemu.Create(t, tt.format, tt.options, "10M")
+		for _, format := range []string{"", tt.format} {
+			d, err := chain().Open(t.Context(), path, image.OpenOptions{Format: format, ReadOnly: true})
+			if err == nil {
+				d.Close()
+				t.Errorf("%s %s is opened", tt.format, tt.options)
+				continue
+			}
+			hint, ok := errors.AsType[*image.Hint](err)
+			if !strings.Contains(err.Error(), tt.says) || !strings.Contains(err.Error(), path) || !errors.Is(err, errors.ErrUnsupported) || !ok || !strings.Contains(hint.Advice, "qemu-img convert -f "+tt.format) {
+				t.Errorf("%s %s, format %q: %v", tt.format, tt.options, format, err)
+			}
+		}
+		// As raw it is what its bytes are.
+		d, err := chain().Open(t.Context(), path, image.OpenOptions{Format: "raw", ReadOnly: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Close()
+	}
+}
+
+func TestMagic(t *testing.T) {
+	for text, want := range map[string]string{
+		"LUKS\xba\xbe\x00\x01":    "luks",
+		"LUKS\xba\xbe\x00\x02":    "", // nor does QEMU
+		"Bochs Virtual HD Image":  "bochs",
+		"# a\n\n#b\nversion=1\n":  "vmdk",
+		"version=3\n":             "vmdk",
+		"version=9\n":             "",
+		"version=":                "",
+		"# Disk DescriptorFile\n": "vmdk",
+		"COWD":                    "vmdk",
+		"QFI\xfb\x00\x00\x00\x01": "qcow",
+		"QFI\xfb\x00\x00\x00\x02": "qcow2",
+		"QFI\xfb\x00\x00\x00\x03": "qcow2",
+		"shdw\x00\x00\x00\x01":    "asif",
+		"shdw and so on":          "",
+		"WithoutFreeSpace":        "parallels",
+		"":                        "",
+		"\x00":                    "",
+		"#":                       "",
+	} {
+		for _, padding := range []int{0, 4096} {
+			b := append([]byte(text), make([]byte, padding)...)
+			got := ""
+			for _, f := range drivers.Formats() {
+				if f.Probe != nil && f.Probe(bytes.NewReader(b), int64(len(b))) {
+					got = f.Name
+					break
+				}
+			}
+			if got != want && (padding > 0 || want == "") {
+				t.Errorf("%q and %d zeros is %q, not %q", text, padding, got, want)
+			}
+		}
+	}
+}
+
+// Whatever cannot be read is not recognised, and nothing panics.
+func TestProbeErrors(t *testing.T) {
+	for _, f := range drivers.Formats() {
+		if f.Probe != nil && f.Probe(broken{}, 1<<20) {
+			t.Errorf("%s recognises a disk that cannot be read", f.Name)
+		}
+	}
+}
+
+type broken struct{}
+
+func (broken) ReadAt([]byte, int64) (int, error) { return 0, syscall.EIO }
+
+func FuzzProbe(f *testing.F) {
+	f.Add([]byte("QFI\xfb"))
+	f.Add([]byte("# Disk DescriptorFile\nversion=1\n"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		for _, f := range drivers.Formats() {
+			if f.Probe != nil {
+				f.Probe(bytes.NewReader(b), int64(len(b)))
+			}
+		}
+	})
+}
+
+// A guest must not be able to give its raw disk the beginning of any format
+// that QEMU or this program recognises.
+func TestGuardKnowsAllFormats(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(path, bytes.Repeat([]byte("x"), 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d, err := chain().Open(t.Context(), path, image.OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	for _, format := range []string{"qcow2", "vmdk", "vhdx", "vpc", "vdi", "parallels", "qed", "qcow"} {
+		p := make([]byte, 64<<10)
+		f, err := os.Open(qemu.Create(t, format, "", "10M"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		n, err := io.ReadFull(f, p)
+		f.Close()
+		if err != nil && err != io.ErrUnexpectedEOF {
+			t.Fatal(err)
+		}
+		if err := d.WriteAt(p[:n], 0, 0); !errors.Is(err, syscall.EPERM) {
+			t.Errorf("the beginning of a %s image: %v", format, err)
+		}
+	}
+}
+
+// Chains as qemu-img makes them, read as qemu-img reads them.
+func TestChains(t *testing.T) {
+	dir := t.TempDir()
+	base, mid, top := filepath.Join(dir, "base.raw"), filepath.Join(dir, "mid.qcow2"), filepath.Join(dir, "top.qcow2")
+	qemu.Img(t, "create", "-q", "-f", "raw", base, "3M")
+	qemu.IO(t, "raw", base, "write -P 1 0 2M", "write -P 2 2500k 100k")
+	qemu.Img(t, "create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", mid, "4M")
+	qemu.IO(t, "qcow2", mid, "write -P 3 64k 100k", "write -z 1M 128k")
+	qemu.Img(t, "create", "-q", "-f", "qcow2", "-b", `json:{"driver":"qcow2","file":{"driver":"file","filename":"`+mid+`"}}`, "-F", "qcow2", top, "5M")
+	qemu.IO(t, "qcow2", top, "write -P 4 100k 1k")
+	for _, name := range []string{base, mid, top} {
+		flat := filepath.Join(dir, "flat")
+		format := strings.TrimPrefix(filepath.Ext(name), ".")
+		qemu.Img(t, "convert", "-f", format, "-O", "raw", name, flat)
+		want, err := os.ReadFile(flat)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := chain().Open(t.Context(), name, image.OpenOptions{ReadOnly: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, d.Info().Size)
+		if _, err := d.ReadAt(got, 0); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%s reads as something else than qemu-img says: %v", name, err)
+		}
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	all, err := chain().InspectChain(t.Context(), top, image.OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(all) != 3 || all[1].Name != mid || all[2].Name != base {
+		t.Errorf("the chain is %+v", all)
+	}
+}
