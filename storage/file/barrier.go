@@ -20,7 +20,7 @@ type barrier struct {
 	err error      // of the one that failed
 }
 
-func (b *barrier) sync(fd int) error {
+func (b *barrier) sync(datasync func() error) error {
 	before := b.begun.Load()
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -31,6 +31,6 @@ func (b *barrier) sync(fd int) error {
 		return nil // one began after our call, and has ended well
 	}
 	b.begun.Add(1)
-	b.err = retry(func() error { return datasync(fd) })
+	b.err = retry(datasync)
 	return b.err
 }

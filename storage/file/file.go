@@ -219,7 +219,7 @@ func (s *store) finish(flags storage.WriteFlags) error {
 	if flags&storage.FUA == 0 {
 		return nil
 	}
-	return s.barrier.sync(s.fd)
+	return s.barrier.sync(s.datasync)
 }
 
 func (s *store) Sync() error {
@@ -230,8 +230,10 @@ func (s *store) Sync() error {
 	if s.info.ReadOnly {
 		return nil
 	}
-	return s.barrier.sync(s.fd)
+	return s.barrier.sync(s.datasync)
 }
+
+func (s *store) datasync() error { return datasync(s.file, s.fd) }
 
 func (s *store) Size() (int64, error) {
 	if !s.gate.Enter() {
@@ -262,7 +264,7 @@ func (s *store) Close() error {
 	if !s.gate.Close() {
 		return fs.ErrClosed
 	}
-	err := s.file.Close()
+	err := cause(s.file.Close())
 	if s.direct != nil {
 		s.direct.buffers.free()
 	}

@@ -16,18 +16,6 @@ import (
 	"github.com/imgnbd/imgnbd/storage"
 )
 
-// A node is what openNode opened and found out.
-type node struct {
-	fd    int
-	block bool
-	info  storage.Info
-	try   tryMethod
-
-	sector       int64   // of a block device, in bytes
-	directBlock  int64   // what direct I/O demands of offsets and lengths
-	directMemory uintptr // and of memory
-}
-
 // openNode opens a regular file or a block device. It first takes hold of the
 // node without opening it, looks at it, and then opens what it holds, so that
 // neither a driver nor the other end of a FIFO ever notices, and nobody can
@@ -105,30 +93,11 @@ func syncDir(dir string) error {
 		err = f.Sync()
 		f.Close()
 	}
-	if pe, ok := errors.AsType[*fs.PathError](err); ok {
-		err = pe.Err
-	}
+	err = cause(err)
 	if err == unix.EINVAL || unsupported(err) {
 		return nil // a file system whose directories cannot be synced
 	}
 	return err
-}
-
-func checkKind(mode uint32) error {
-	kind := "of an unknown kind"
-	switch mode & unix.S_IFMT {
-	case unix.S_IFREG, unix.S_IFBLK:
-		return nil
-	case unix.S_IFDIR:
-		return fmt.Errorf("is a directory, not a file or a block device: %w", unix.EISDIR)
-	case unix.S_IFIFO:
-		kind = "a FIFO"
-	case unix.S_IFSOCK:
-		kind = "a socket"
-	case unix.S_IFCHR:
-		kind = "a character device"
-	}
-	return fmt.Errorf("is %s, not a file or a block device", kind)
 }
 
 // examine says what fd is; before is what was held.
@@ -176,7 +145,7 @@ func examine(fd int, before *unix.Stat_t, opt storage.Options) (*node, error) {
 	n.info.Discard = writable && (!n.block || queueAttr(disk, "discard_max_bytes") > 0)
 	n.info.Rotational = queueAttr(disk, "rotational") > 0
 	n.info.QueueDepth = 32
-	n.info.Alignment = int(page)
+	n.info.Alignment = int(max(page, n.sector))
 	if opt.Direct {
 		if err := n.findAlignment(); err != nil {
 			return nil, err
@@ -215,7 +184,7 @@ func inMemory(fd int) bool {
 	if retry(func() error { return unix.Fstatfs(fd, &st) }) != nil {
 		return false
 	}
-	return st.Type == unix.TMPFS_MAGIC || st.Type == unix.RAMFS_MAGIC
+	return uint32(st.Type) == unix.TMPFS_MAGIC || uint32(st.Type) == unix.RAMFS_MAGIC
 }
 
 // queueAttr returns a number that the kernel tells of a disk or of the disk
@@ -265,7 +234,7 @@ func preadNoWait(fd int, p []byte, off int64) (int, error) {
 	return int(n), nil
 }
 
-func datasync(fd int) error { return unix.Fdatasync(fd) }
+func datasync(f *os.File, fd int) error { return unix.Fdatasync(fd) }
 
 func punchHole(fd int, off, n int64) error {
 	return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)

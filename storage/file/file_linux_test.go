@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -67,16 +68,23 @@ func memoryDir(t testing.TB) string {
 	return dir
 }
 
+// requireRoot skips, or fails where everything is to be tested.
+func requireRoot(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() == 0 {
+		return
+	}
+	if os.Getenv("CI") != "" {
+		t.Fatal("block devices need root")
+	}
+	t.Skip("block devices need root")
+}
+
 // loopDevice attaches a file of size bytes as a block device.
 func loopDevice(t testing.TB, size int64, sector string) string {
 	t.Helper()
 	qemu.Require(t, "losetup")
-	if os.Geteuid() != 0 {
-		if os.Getenv("CI") != "" {
-			t.Fatal("a loop device needs root")
-		}
-		t.Skip("a loop device needs root")
-	}
+	requireRoot(t)
 	path := filepath.Join(t.TempDir(), "device")
 	pass(t, os.WriteFile(path, bytes.Repeat([]byte{0xdb}, int(size)), 0o600))
 	device := strings.TrimSpace(qemu.Run(t, "losetup", "--show", "--find", "--sector-size", sector, path))
@@ -227,6 +235,15 @@ func TestNames(t *testing.T) {
 			t.Errorf("%s: the URL has the path %s, want %s", name, got, abs)
 		}
 	}
+	// A name with .. leads where the kernel says, not where the text does.
+	pass(t, os.MkdirAll("one/two", 0o700))
+	pass(t, os.Symlink("one/two", "link"))
+	pass(t, os.WriteFile("one/inner", nil, 0o600))
+	for _, name := range []string{"link/../inner", filepath.Join(dir, "link") + "/../inner"} {
+		if path := mustOpen(t, name, storage.Options{}).Info().URL.Path; path != dir+"/link/../inner" {
+			t.Errorf("%s: the URL has the path %s", name, path)
+		}
+	}
 	for text, ok := range map[string]bool{
 		"file:a%20b%3Fc%23d": true, "file://localhost" + url.PathEscape(abs): false,
 		"file:///" + strings.ReplaceAll(url.PathEscape(abs[1:]), "%2F", "/"): true,
@@ -243,6 +260,30 @@ func TestNames(t *testing.T) {
 		if err == nil {
 			s.Close()
 		}
+	}
+}
+
+// Two names of one file have one identity, which says when an image would be
+// its own backing.
+func TestIdentity(t *testing.T) {
+	dir := t.TempDir()
+	id := func(name string) string {
+		return mustOpen(t, filepath.Join(dir, name), storage.Options{Share: storage.ShareWrite}).Info().ID
+	}
+	pass(t, os.WriteFile(filepath.Join(dir, "a"), nil, 0o600))
+	pass(t, os.WriteFile(filepath.Join(dir, "b"), nil, 0o600))
+	pass(t, os.Link(filepath.Join(dir, "a"), filepath.Join(dir, "hard")))
+	pass(t, os.Symlink("a", filepath.Join(dir, "soft")))
+	if a := id("a"); a == id("b") || a != id("hard") || a != id("soft") {
+		t.Errorf("identities: %q, %q, %q, %q", a, id("b"), id("hard"), id("soft"))
+	}
+}
+
+func TestDirectRefused(t *testing.T) {
+	_, err := tryOpen("/proc/version", storage.Options{Direct: true})
+	wantErr(t, err, syscall.EINVAL)
+	if hint, ok := errors.AsType[*storage.Hint](err); !ok || !strings.Contains(err.Error(), "direct I/O") {
+		t.Errorf("direct I/O where there is none: %v, hint %v", err, hint)
 	}
 }
 
@@ -297,15 +338,54 @@ func TestSyncFailureIsFinal(t *testing.T) {
 	}
 }
 
+// A device whose medium runs out tells so when it is synced, and the kernel
+// tells it to one sync only.
+func TestSyncFailureOfTheMedium(t *testing.T) {
+	qemu.Require(t, "losetup", "mount", "umount")
+	requireRoot(t)
+	small := t.TempDir()
+	qemu.Run(t, "mount", "-t", "tmpfs", "-o", "size=1m", "imgnbd-test", small)
+	t.Cleanup(func() { qemu.Run(t, "umount", small) })
+	backing := filepath.Join(small, "device")
+	pass(t, os.WriteFile(backing, nil, 0o600))
+	pass(t, os.Truncate(backing, 16<<20))
+	device := strings.TrimSpace(qemu.Run(t, "losetup", "--show", "--find", backing))
+	t.Cleanup(func() { qemu.Run(t, "losetup", "--detach", device) })
+
+	s := mustOpen(t, device, storage.Options{Access: storage.Write})
+	var wg sync.WaitGroup
+	for i := range int64(8) {
+		wg.Go(func() {
+			if err := s.WriteAt(bytes.Repeat([]byte{1}, 1<<20), i<<20, 0); err != nil {
+				t.Errorf("a write to the page cache: %v", err)
+			}
+		})
+	}
+	wg.Wait()
+	for range 16 {
+		wg.Go(func() {
+			if err := s.Sync(); err == nil {
+				t.Error("Sync succeeded, but what was written is lost")
+			}
+		})
+	}
+	wg.Wait()
+	t.Logf("the kernel says after it said so: %v", unix.Fdatasync(s.fd))
+	if err := s.Sync(); !errors.Is(err, syscall.EIO) && !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("Sync, much later: %v", err)
+	}
+}
+
 func TestBarrier(t *testing.T) {
 	// Each caller must see a sync that began after its call.
 	var b barrier
 	var wg sync.WaitGroup
-	fd := mustOpen(t, filepath.Join(memoryDir(t), "x"), storage.Options{Access: storage.WriteGrow, Create: true}).fd
+	good := func() error { runtime.Gosched(); return nil }
+	bad := func() error { return syscall.EIO }
 	for range 50 {
 		wg.Go(func() {
 			before := b.begun.Load()
-			if err := b.sync(fd); err != nil {
+			if err := b.sync(good); err != nil {
 				t.Error(err)
 			}
 			if b.begun.Load() == before {
@@ -317,13 +397,13 @@ func TestBarrier(t *testing.T) {
 	b.mu.Lock()
 	done := make(chan error, 2)
 	for range 2 {
-		go func() { done <- b.sync(-1) }()
+		go func() { done <- b.sync(bad) }()
 	}
 	b.mu.Unlock()
 	for range 2 {
-		wantErr(t, <-done, syscall.EBADF)
+		wantErr(t, <-done, syscall.EIO)
 	}
-	wantErr(t, b.sync(fd), syscall.EBADF)
+	wantErr(t, b.sync(good), syscall.EIO)
 }
 
 // Extents of a file that others shorten or fill with holes end and stay within
