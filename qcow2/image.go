@@ -21,7 +21,8 @@ func Format() image.Format {
 		Open: func(ctx context.Context, s storage.Store, opt image.Options) (image.Device, error) {
 			return Open(ctx, s, opt)
 		},
-		Grows: true,
+		Inspect: inspect,
+		Grows:   true,
 	}
 }
 
