@@ -36,10 +36,11 @@ func parseName(name string) (source, error) {
 	}
 	if rest, ok := strings.CutPrefix(name, "json:"); ok {
 		src, err := parseJSON(rest)
-		src.name = name
-		if err == nil && len(src.params) == 0 && src.url.Scheme == "file" {
-			src.name = src.url.Path // nothing is lost, and other names can be beside it
-		}
+		if err != nil || len(src.params) > 0 || src.url.Scheme != "file" {
+			src.name = name
+		} else if _, _, ok := cutProtocol(src.name); ok {
+			src.name = src.url.Path
+		} // else it is the path: nothing is lost, and other names can be beside it
 		return src, err
 	}
 	proto, rest, ok := cutProtocol(name)
@@ -278,6 +279,7 @@ func (o nodeOptions) store(src *source, p string) (err error) {
 			return fmt.Errorf("option %q is missing", p+"filename")
 		}
 		// A path and nothing else: no protocol is looked for in it.
+		src.name = filename
 		if src.url, err = fileURL(filename); err != nil {
 			return err
 		}

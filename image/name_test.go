@@ -32,6 +32,7 @@ func TestParseName(t *testing.T) {
 		{"nbd:localhost:10809", "nbd:localhost:10809", "", "", nil},
 		{`json:{"driver":"qcow2","file":{"driver":"file","filename":"/a/b"}}`, "/a/b", "/a/b", "qcow2", nil},
 		{`json:{"file.filename":"/a/b"}`, "/a/b", "/a/b", "", nil},
+		{`json:{"file.filename":"b"}`, wd + "/b", "b", "", nil},
 		{`json:{"file.filename":"file:b"}`, wd + "/file:b", wd + "/file:b", "", nil}, // a path, whatever it looks like
 		{`json:{"driver":"file","filename":"/a/b"}`, "/a/b", "/a/b", "raw", nil},
 		{`json:{"driver":"host_device","filename":"/a/b"}`, "/a/b", "/a/b", "raw", nil},

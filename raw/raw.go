@@ -3,7 +3,7 @@
 //
 // The disk is as long as the store, rounded up to whole sectors of 512 bytes
 // as QEMU does. What lies past the end of the store reads as zeros; writing
-// there extends it, by no more than the rounding.
+// there extends it as far as the write reaches, discarding or unmapping does not.
 //
 // The parameters are those of QEMU's raw driver: offset, the first byte of the
 // store that is shown, and size, how many are.
@@ -185,7 +185,19 @@ func (d *Disk) WriteZeroes(off, n int64, flags image.WriteFlags) error {
 	if err := d.checkWrite(off, n); err != nil {
 		return err
 	}
-	if err := d.store.WriteZeroes(d.start+off, n, flags); err != nil {
+	var err error
+	stored := n
+	if flags&image.MayUnmap != 0 && off+n > d.stored {
+		// What is past the end is unmapped already; as in QEMU it stays so.
+		var end int64
+		if end, err = d.store.Size(); err == nil {
+			stored = min(n, max(end-d.start-off, 0))
+		}
+	}
+	if err == nil {
+		err = d.store.WriteZeroes(d.start+off, stored, flags)
+	}
+	if err != nil {
 		return d.fail("zero", off, n, err)
 	}
 	return nil

@@ -149,8 +149,14 @@ func TestTail(t *testing.T) {
 	if n := len(m.Bytes()); n != 1014 {
 		t.Errorf("%d bytes after a write that ends at 1014", n)
 	}
-	// Zeroes do, too.
+	// Zeroes do, too, unless they may be a hole.
 	if err := d.WriteZeroes(512, 512, image.MayUnmap); err != nil {
+		t.Fatal(err)
+	}
+	if n := len(m.Bytes()); n != 1014 {
+		t.Errorf("%d bytes after unmapping the last sector", n)
+	}
+	if err := d.WriteZeroes(512, 512, 0); err != nil {
 		t.Fatal(err)
 	}
 	if n := len(m.Bytes()); n != 1024 {
