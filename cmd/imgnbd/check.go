@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -46,7 +45,11 @@ func checkCommand() *command {
 		if err != nil {
 			return err
 		}
-		defer func() { err = errors.Join(err, dev.Close()) }()
+		defer func() {
+			if e := dev.Close(); err == nil {
+				err = e
+			}
+		}()
 		checker, ok := image.As[image.Checker](dev)
 		if !ok {
 			return &exit{exitUnsupported, says("This image format does not support checks")}
@@ -65,7 +68,10 @@ func checkCommand() *command {
 		default:
 			u.printf("%s", checkText(&res))
 		}
-		return errors.Join(err, checkExit(&res))
+		if err != nil {
+			return err
+		}
+		return checkExit(&res)
 	}
 	return c
 }

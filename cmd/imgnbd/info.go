@@ -141,14 +141,6 @@ func (u *ui) infoJSON(all []*image.Inspected, chain bool) error {
 	return u.json(list)
 }
 
-// json prints v as QEMU does.
-func (u *ui) json(v any) error {
-	enc := json.NewEncoder(u.stdout)
-	enc.SetEscapeHTML(false)
-	enc.SetIndent("", "    ")
-	return enc.Encode(v)
-}
-
 // infoText prints images for people, with an empty line between them.
 func (u *ui) infoText(all []*image.Inspected) error {
 	var b strings.Builder

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -148,7 +147,7 @@ func (t *target) why(err error) string {
 		return err.Error()
 	}
 	name := place.Name
-	if abs, _ := filepath.Abs(t.shown); name == t.name || name == abs {
+	if name == t.name {
 		name = t.shown
 	}
 	before := strings.TrimSuffix(err.Error(), place.Error())

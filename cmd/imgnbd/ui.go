@@ -1,10 +1,12 @@
 package main
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"unicode"
@@ -35,6 +37,21 @@ func newUI(called string, stdin io.Reader, stdout, stderr io.Writer) *ui {
 func (u *ui) compat() bool { return u.name == "qemu-nbd" }
 
 func (u *ui) printf(format string, args ...any) { fmt.Fprintf(u.stdout, format, args...) }
+
+var emptyList = regexp.MustCompile(`(?m)^( *)(.*)\[\](,?)$`)
+
+// json prints v as QEMU does.
+func (u *ui) json(v any) error {
+	var b strings.Builder
+	enc := json.NewEncoder(&b)
+	enc.SetEscapeHTML(false)
+	enc.SetIndent("", "    ")
+	if err := enc.Encode(v); err != nil {
+		return err
+	}
+	u.printf("%s", emptyList.ReplaceAllString(b.String(), "$1$2[\n$1]$3"))
+	return nil
+}
 
 // message prints one line, or several that belong together, at once: messages
 // of several goroutines do not mix.
@@ -70,13 +87,13 @@ func (u *ui) fail(err error) int {
 	if err == nil {
 		return 0
 	}
+	code := 1
 	if list, ok := err.(interface{ Unwrap() []error }); ok {
 		for _, err := range list.Unwrap() {
-			u.fail(err)
+			code = max(code, u.fail(err))
 		}
-		return 1
+		return code
 	}
-	code := 1
 	if e, ok := errors.AsType[*exit](err); ok {
 		if code = e.code; e.err == nil {
 			return code

@@ -1,0 +1,131 @@
+package main
+
+import (
+	"encoding/binary"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/imgnbd/imgnbd/internal/test/qemu"
+)
+
+// gallery makes images of all kinds in the current folder.
+func gallery(t *testing.T) {
+	t.Helper()
+	workplace(t)
+	create := func(args ...string) { qemu.Img(t, append([]string{"create", "-q", "-f", "qcow2"}, args...)...) }
+	create("-o", "compat=0.10", "v2.qcow2", "4M")
+	create("-o", "cluster_size=512,refcount_bits=1", "small.qcow2", "4M")
+	create("-o", "cluster_size=2M,refcount_bits=64,lazy_refcounts=on", "large.qcow2", "4M")
+	create("-o", "extended_l2=on,compression_type=zstd", "modern.qcow2", "4M")
+	create("-o", "preallocation=metadata", "meta.qcow2", "4M")
+	create("-o", "data_file=data.raw", "external.qcow2", "4M")
+	create("-o", "data_file=data2.raw,data_file_raw=on", "external-raw.qcow2", "4M")
+	create("empty.qcow2", "0")
+	create("odd.qcow2", "1000")
+	create("huge.qcow2", "1P")
+	create("base.qcow2", "10M")
+	qemu.IO(t, "qcow2", "base.qcow2", "write 0 1M", "write 3M 100k")
+	create("-b", "base.qcow2", "-F", "qcow2", "overlay.qcow2")
+	create("-b", "overlay.qcow2", "-F", "qcow2", "-o", "cluster_size=4k", "dir/../top.qcow2", "20M")
+	qemu.Img(t, "create", "-q", "-f", "qcow2", "-b", "../base.qcow2", "-F", "qcow2", "dir/overlay.qcow2")
+	qemu.Img(t, "create", "-q", "-f", "qcow2", "-b", "disk.raw", "-F", "raw", "on-raw.qcow2")
+	create("snapshots.qcow2", "4M")
+	qemu.Img(t, "snapshot", "-c", "first", "snapshots.qcow2")
+	qemu.IO(t, "qcow2", "snapshots.qcow2", "write 0 64k")
+	qemu.Img(t, "snapshot", "-c", "a name that is longer than its column", "snapshots.qcow2")
+	create("bitmaps.qcow2", "4M")
+	qemu.Img(t, "bitmap", "--add", "bitmaps.qcow2", "b0")
+	qemu.Img(t, "bitmap", "--add", "-g", "4096", "--disable", "bitmaps.qcow2", "b1")
+	qemu.Img(t, "convert", "-c", "-O", "qcow2", "base.qcow2", "compressed.qcow2")
+
+	patch := func(name string, off int64, b ...byte) {
+		f, err := os.OpenFile(name, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if _, err := f.WriteAt(b, off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	copyFile(t, "base.qcow2", "corrupt-bit.qcow2")
+	patch("corrupt-bit.qcow2", 79, 2) // incompatible features: corrupt
+	copyFile(t, "base.qcow2", "dirty.qcow2")
+	patch("dirty.qcow2", 79, 1)
+
+	// Refcounts that are wrong: base.qcow2 has one block of them.
+	header, err := os.ReadFile("base.qcow2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	table := int64(binary.BigEndian.Uint64(header[48:]))
+	block := int64(binary.BigEndian.Uint64(header[table:]))
+	clusters := int64(len(header)) / 65536
+	copyFile(t, "base.qcow2", "leaks.qcow2")
+	patch("leaks.qcow2", block+2*clusters, 0, 1)
+	if err := os.Truncate("leaks.qcow2", (clusters+1)*65536); err != nil {
+		t.Fatal(err)
+	}
+	copyFile(t, "base.qcow2", "wrong.qcow2")
+	patch("wrong.qcow2", block+2*5, 0, 0, 0, 5)
+}
+
+func copyFile(t *testing.T, from, to string) {
+	t.Helper()
+	b, err := os.ReadFile(from)
+	if err == nil {
+		err = os.WriteFile(to, b, 0o644)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// sameAsImg compares a command with qemu-img's, with its name replaced.
+func sameAsImg(t *testing.T, args ...string) {
+	t.Helper()
+	want := theirs(t, append([]string{"qemu-img"}, args...)...)
+	want.Stderr = strings.ReplaceAll(want.Stderr, "qemu-img: ", "imgnbd: ")
+	got := ours(append([]string{"imgnbd"}, args...)...)
+	got.Stderr = hintLine.ReplaceAllString(got.Stderr, "")
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("%q, - qemu-img, + ours:\n%s", args, diff)
+	}
+}
+
+// info prints what qemu-img prints, to the byte.
+func TestInfoSameAsQEMUImg(t *testing.T) {
+	gallery(t)
+	for _, name := range []string{
+		"disk.raw", "disk.qcow2", "v2.qcow2", "small.qcow2", "large.qcow2", "modern.qcow2", "meta.qcow2", "external.qcow2",
+		"external-raw.qcow2", "empty.qcow2", "odd.qcow2", "huge.qcow2", "base.qcow2", "overlay.qcow2", "top.qcow2",
+		"dir/overlay.qcow2", "on-raw.qcow2", "snapshots.qcow2", "bitmaps.qcow2", "compressed.qcow2", "corrupt-bit.qcow2",
+		"dirty.qcow2", "./disk.qcow2", "nonexistent",
+	} {
+		for _, options := range [][]string{nil, {"--output=json"}, {"--backing-chain"}, {"--backing-chain", "--output=json"}, {"-U"}} {
+			sameAsImg(t, append(append([]string{"info"}, options...), name)...)
+		}
+	}
+	sameAsImg(t, "info", "-f", "raw", "disk.qcow2")
+	sameAsImg(t, "info", "-f", "foo", "disk.qcow2")
+	sameAsImg(t, "info", "-f", "qcow2", "disk.raw")
+	sameAsImg(t, "info", "--image-opts", "driver=qcow2,file.filename=overlay.qcow2")
+	sameAsImg(t, "info", "--output=json", "--image-opts", "driver=qcow2,file.filename=base.qcow2")
+}
+
+// check prints what qemu-img prints, and ends with its status.
+func TestCheckSameAsQEMUImg(t *testing.T) {
+	gallery(t)
+	for _, name := range []string{
+		"disk.raw", "disk.qcow2", "v2.qcow2", "small.qcow2", "large.qcow2", "modern.qcow2", "meta.qcow2", "external.qcow2",
+		"external-raw.qcow2", "empty.qcow2", "base.qcow2", "overlay.qcow2", "snapshots.qcow2", "bitmaps.qcow2",
+		"compressed.qcow2", "leaks.qcow2", "wrong.qcow2", "nonexistent",
+	} {
+		for _, options := range [][]string{nil, {"--output=json"}, {"-q"}, {"-q", "--output=json"}, {"-U"}} {
+			sameAsImg(t, append(append([]string{"check"}, options...), name)...)
+		}
+	}
+}
