@@ -22,8 +22,8 @@ type op struct {
 	id     uint64 // of the data of a write; 0 writes zeros
 }
 
-// mutates says which kinds may change bytes.
-var mutates = map[string]bool{"write": true, "zero": true, "discard": true}
+// mutates reports whether o may change bytes.
+func (o op) mutates() bool { return o.kind == "write" || o.kind == "zero" || o.kind == "discard" }
 
 // generate makes a history. It depends on nothing but its arguments.
 func generate(seed uint64, size, cluster int64, steps int) history {

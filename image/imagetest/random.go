@@ -258,7 +258,7 @@ func (d *disk) settle(b batch, skip []bool) error {
 
 func touched(off int64, b batch) bool {
 	for _, o := range b {
-		if mutates[o.kind] && off >= o.off && off < o.off+o.n {
+		if off >= o.off && off < o.off+o.n && o.mutates() {
 			return true
 		}
 	}
