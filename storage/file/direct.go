@@ -11,7 +11,8 @@ import (
 
 // direct is I/O past the page cache (O_DIRECT). What is not aligned as the
 // medium demands goes through buffers of its own; a block that is written in
-// part is read, changed and written back under a lock on its range.
+// part is read, changed and written back under a lock on its range. Order: a
+// buffer is taken before a lock, and nobody takes two of either.
 type direct struct {
 	block   int64   // offsets and lengths are multiples of it
 	memory  uintptr // addresses too, of this
@@ -80,16 +81,19 @@ func (d *direct) writeBlocks(s *store, p []byte, off int64) error {
 	if len(p) == 0 {
 		return nil
 	}
+	var buf []byte
+	if !d.alignedMemory(p) {
+		var err error
+		if buf, err = d.buffers.get(); err != nil {
+			return err
+		}
+		defer d.buffers.put(buf)
+	}
 	held := d.ranges.lock(off, off+int64(len(p)), false)
 	defer d.ranges.unlock(held)
-	if d.alignedMemory(p) {
+	if buf == nil {
 		return writeFull(s.fd, p, off)
 	}
-	buf, err := d.buffers.get()
-	if err != nil {
-		return err
-	}
-	defer d.buffers.put(buf)
 	for len(p) > 0 {
 		n := copy(buf, p)
 		if err := writeFull(s.fd, buf[:n], off); err != nil {

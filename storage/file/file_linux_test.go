@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -53,6 +54,8 @@ func wantErr(t testing.TB, err, want error) {
 		t.Errorf("error %v, want %v", err, want)
 	}
 }
+
+func onDisk(t testing.TB) string { return t.TempDir() }
 
 // memoryDir returns a directory on tmpfs.
 func memoryDir(t testing.TB) string {
@@ -117,8 +120,7 @@ func fileTarget(dir func(testing.TB) string, opt storage.Options) storagetest.Ta
 }
 
 func TestSuiteOnFiles(t *testing.T) {
-	disk := func(t testing.TB) string { return t.TempDir() }
-	for name, dir := range map[string]func(testing.TB) string{"Disk": disk, "Memory": memoryDir} {
+	for name, dir := range map[string]func(testing.TB) string{"Disk": onDisk, "Memory": memoryDir} {
 		t.Run(name, func(t *testing.T) {
 			for name, opt := range map[string]storage.Options{
 				"Buffered":  {Access: storage.WriteGrow},
@@ -132,6 +134,53 @@ func TestSuiteOnFiles(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Other file systems lack other things: ext2 can neither zero in place nor
+// preallocate.
+func TestSuiteOnFileSystems(t *testing.T) {
+	for name, mkfs := range map[string][]string{
+		"Ext2": {"mkfs.ext2", "-q", "-b", "1024"},
+		"XFS":  {"mkfs.xfs", "-q"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			qemu.Require(t, mkfs[0], "mount", "umount")
+			requireRoot(t)
+			image, dir := filepath.Join(t.TempDir(), "image"), t.TempDir()
+			pass(t, os.WriteFile(image, nil, 0o600))
+			pass(t, os.Truncate(image, 320<<20))
+			qemu.Run(t, mkfs[0], append(mkfs[1:], image)...)
+			if r := qemu.Try(t, "mount", "-o", "loop", image, dir); r.Code != 0 {
+				t.Skipf("this kernel does not mount it: %s", r.Stderr)
+			}
+			t.Cleanup(func() { qemu.Run(t, "umount", dir) })
+			for _, direct := range []bool{false, true} {
+				opt := storage.Options{Access: storage.WriteGrow, Direct: direct}
+				storagetest.Run(t, fileTarget(func(testing.TB) string { return dir }, opt))
+			}
+		})
+	}
+}
+
+// Who waits for a buffer holds no lock, or all could wait for each other.
+func TestDirectWithOneBuffer(t *testing.T) {
+	skipWithoutDirect(t, onDisk, storage.Options{Access: storage.WriteGrow, Direct: true})
+	s := mustOpen(t, filepath.Join(t.TempDir(), "file"), storage.Options{Access: storage.WriteGrow, Create: true, Direct: true})
+	s.direct.buffers = newBufferPool(s.direct.buffers.size, s.direct.buffers.align, 1)
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			p := bytes.Repeat([]byte{1}, 10001)[1:]
+			for range 50 {
+				// Always at the end, and with whole blocks and parts of blocks.
+				if err := s.WriteAt(p, next.Add(1)*int64(len(p)), 0); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
 }
 
 // skipWithoutDirect skips where the file system has no direct I/O.

@@ -245,8 +245,6 @@ func zeroRange(fd int, off, n int64) error {
 	return unix.Fallocate(fd, unix.FALLOC_FL_ZERO_RANGE, off, n)
 }
 
-func allocate(fd int, off, n int64) error { return unix.Fallocate(fd, 0, off, n) }
-
 func discardBlocks(fd int, off, n int64) error {
 	span := [2]uint64{uint64(off), uint64(n)}
 	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.BLKDISCARD, uintptr(unsafe.Pointer(&span)))

@@ -84,7 +84,6 @@ func preadNoWait(int, []byte, int64) (int, error) { return 0, syscall.ENOSYS }
 
 func punchHole(_ int, _, _ int64) error     { return syscall.ENOSYS }
 func zeroRange(_ int, _, _ int64) error     { return syscall.ENOSYS }
-func allocate(_ int, _, _ int64) error      { return syscall.ENOSYS }
 func discardBlocks(_ int, _, _ int64) error { return syscall.ENOSYS }
 
 const seekData, seekHole = 0, 0

@@ -32,27 +32,27 @@ func (s *store) WriteZeroes(off, n int64, flags storage.WriteFlags) error {
 // zeroFile zeroes a range of a regular file without writing it. It answers
 // errors.ErrUnsupported, having changed nothing, if the file system cannot.
 func (s *store) zeroFile(off, n int64, flags storage.WriteFlags) error {
-	defer s.lockRange(off, n)()
 	if flags&storage.MayUnmap != 0 {
 		err := s.punch(off, n)
 		if err == nil {
-			err = s.extend(off + n)
+			return s.extend(off + n)
 		}
 		if !errors.Is(err, errors.ErrUnsupported) {
 			return err
 		}
 	}
-	return s.ask(&s.noZero, func() error { return zeroRange(s.fd, off, n) })
+	return s.zeroRange(off, n)
 }
 
-// extend makes a regular file at least end long. It cannot cut off what a
-// call in progress writes behind end, as setting the size could.
+// extend makes a regular file at least end long, by writing the last byte of
+// what is being zeroed. Setting the size could cut off what another call has
+// just written behind it.
 func (s *store) extend(end int64) error {
 	size, err := s.size()
 	if err != nil || size >= end {
 		return err
 	}
-	return retry(func() error { return allocate(s.fd, end-1, 1) })
+	return s.write(zeroes[:1], end-1)
 }
 
 // zeroBlocks zeroes a range of a block device: whole sectors by the device or
@@ -72,7 +72,6 @@ func (s *store) zeroBlocks(off, n int64, flags storage.WriteFlags) error {
 }
 
 func (s *store) zeroSectors(off, n int64, flags storage.WriteFlags) error {
-	defer s.lockRange(off, n)()
 	if flags&storage.MayUnmap != 0 {
 		if err := s.punch(off, n); !errors.Is(err, errors.ErrUnsupported) {
 			return err
@@ -82,7 +81,7 @@ func (s *store) zeroSectors(off, n int64, flags storage.WriteFlags) error {
 	if flags&storage.FastOnly != 0 && !s.info.FastZero {
 		return errors.ErrUnsupported
 	}
-	return s.ask(&s.noZero, func() error { return zeroRange(s.fd, off, n) })
+	return s.zeroRange(off, n)
 }
 
 func (s *store) Discard(off, n int64) error {
@@ -102,12 +101,11 @@ func (s *store) Discard(off, n int64) error {
 	if n <= 0 {
 		return nil
 	}
-	defer s.lockRange(off, n)()
 	// What is punched reads as zeros, by contract of the kernel. Devices that
 	// can only discard keep the bytes or zero them too, but for some drives.
 	err = s.punch(off, n)
 	if s.block && errors.Is(err, errors.ErrUnsupported) {
-		err = s.ask(&s.noDiscard, func() error { return discardBlocks(s.fd, off, n) })
+		err = s.ask(&s.noDiscard, off, n, discardBlocks)
 	}
 	if errors.Is(err, errors.ErrUnsupported) {
 		return nil
@@ -122,9 +120,9 @@ func (s *store) enterToDiscard(off, n int64) error {
 	return s.enter(off, n)
 }
 
-func (s *store) punch(off, n int64) error {
-	return s.ask(&s.noPunch, func() error { return punchHole(s.fd, off, n) })
-}
+func (s *store) punch(off, n int64) error { return s.ask(&s.noPunch, off, n, punchHole) }
+
+func (s *store) zeroRange(off, n int64) error { return s.ask(&s.noZero, off, n, zeroRange) }
 
 // sectors returns the whole sectors within [off, off+n); start may be past end.
 func (s *store) sectors(off, n int64) (start, end int64) {
@@ -145,13 +143,14 @@ func (s *store) zeroByWriting(off, n int64) error {
 	return nil
 }
 
-// ask runs f unless the medium has said before that it does not know it. That
-// it does not know it is errors.ErrUnsupported.
-func (s *store) ask(no *atomic.Bool, f func() error) error {
+// ask does something to a range that the medium may not know. If it does not,
+// that is remembered in no, and is errors.ErrUnsupported.
+func (s *store) ask(no *atomic.Bool, off, n int64, do func(fd int, off, n int64) error) error {
 	if no.Load() {
 		return errors.ErrUnsupported
 	}
-	err := retry(f)
+	defer s.lockRange(off, n)()
+	err := retry(func() error { return do(s.fd, off, n) })
 	if unsupported(err) {
 		no.Store(true)
 		return errors.ErrUnsupported
