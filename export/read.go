@@ -131,6 +131,12 @@ func (s *session) readRuns(r *request, off, n int64, runs []run, byFile bool) er
 		switch err := s.copyRun(r, run, flags); {
 		case err == nil:
 		case errors.Is(err, image.ErrWouldBlock):
+			if i > 0 {
+				// The worker's last chunk must not overtake ours.
+				if err := s.sendOut(); err != nil {
+					return err
+				}
+			}
 			return s.leave(r, run.off, off+n-run.off)
 		default:
 			return err
