@@ -53,8 +53,16 @@ func newMapping(g *geometry, store, data storage.Store, l1At int64, l1Size int, 
 	if g.version < 3 {
 		m.bad |= flagZero
 	}
+	// The end of the store may lie within the last cluster of a table, no earlier.
+	if end := l1At + int64(l1Size)*8; l1Size > 0 {
+		if ok, err := below(g.floor(end-1), &m.storeEnd, store); err != nil {
+			return nil, err
+		} else if !ok {
+			return nil, corrupt("L1 table at %#x: its %d entries are past the end (%#x)", l1At, l1Size, m.storeEnd.Load())
+		}
+	}
 	b := make([]byte, l1Size*8)
-	if err := readTable(store, b, l1At); err != nil {
+	if n, err := store.ReadAt(b, l1At); n < len(b) && !errors.Is(err, io.EOF) {
 		return nil, fmt.Errorf("L1 table at %#x: %w", l1At, err)
 	}
 	m.l1 = make([]atomic.Uint64, l1Size)
@@ -64,23 +72,6 @@ func newMapping(g *geometry, store, data storage.Store, l1At int64, l1Size int, 
 	slices := (size + g.sliceSpan() - 1) / g.sliceSpan()
 	m.cache = newCache(g, slices, budget, epochs, m.readSlice)
 	return m, nil
-}
-
-// readTable fills b from a store. What lies past the end is zeros, as the last
-// table of an image may not be written out in full, but its beginning is not.
-func readTable(s storage.Store, b []byte, off int64) error {
-	if len(b) == 0 {
-		return nil
-	}
-	n, err := s.ReadAt(b, off)
-	if n < len(b) && errors.Is(err, io.EOF) {
-		if n == 0 {
-			return corrupt("it is past the end of the image")
-		}
-		clear(b[n:])
-		return nil
-	}
-	return err
 }
 
 // below reports whether off lies in a store, whose end is looked up again if

@@ -1,0 +1,622 @@
+package qcow2
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"io/fs"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"github.com/klauspost/compress/flate"
+
+	"github.com/imgnbd/imgnbd/image"
+	"github.com/imgnbd/imgnbd/storage/storagetest"
+)
+
+// A builder makes small images by hand, without help of the code under test
+// beyond its encoders.
+type builder struct {
+	h  *header
+	cs int64
+	b  []byte
+}
+
+// build begins an image: header, refcount table and one block, L1 table.
+func build(clusterBits uint32, size int64) *builder {
+	h := &header{version: 3, clusterBits: clusterBits, size: uint64(size), refcountOrder: 4, length: headerLengthNew, unknown: make([]byte, 7), refTableClusters: 1}
+	x := &builder{h: h, cs: 1 << clusterBits}
+	x.alloc(1)
+	h.refTableOffset = uint64(x.alloc(1))
+	block := x.alloc(1)
+	x.put(int64(h.refTableOffset), uint64(block))
+	h.l1Size = uint32(newGeometry(h).l1Entries(size))
+	h.l1Offset = uint64(x.alloc((int64(h.l1Size)*8-1)>>clusterBits + 1))
+	return x
+}
+
+// alloc adds clusters at the end.
+func (x *builder) alloc(n int64) int64 {
+	at := int64(len(x.b))
+	x.b = append(x.b, make([]byte, n*x.cs)...)
+	return at
+}
+
+// l2 returns where the entry of a guest offset lies, making its table.
+func (x *builder) l2(off int64) int64 {
+	g := newGeometry(x.h)
+	l1 := int64(x.h.l1Offset) + g.l1Index(off)*8
+	if binary.BigEndian.Uint64(x.b[l1:]) == 0 {
+		at := x.alloc(1)
+		x.put(l1, uint64(at)|flagCopied)
+	}
+	table := l1Entry(binary.BigEndian.Uint64(x.b[l1:])).host()
+	return table + off>>g.clusterBits&(1<<g.l2Bits-1)*8*int64(g.entryWords)
+}
+
+func (x *builder) put(at int64, v uint64) { binary.BigEndian.PutUint64(x.b[at:], v) }
+
+func (x *builder) entry(off int64, e uint64) { x.put(x.l2(off), e) }
+
+// data puts a cluster of data at a guest offset.
+func (x *builder) data(off int64, fill byte) int64 {
+	l2 := x.l2(off)
+	at := x.alloc(1)
+	copy(x.b[at:], bytes.Repeat([]byte{fill}, int(x.cs)))
+	x.put(l2, uint64(at)|flagCopied)
+	return at
+}
+
+// compressed puts raw bytes as the compressed data of a cluster.
+func (x *builder) compressed(off int64, raw []byte) {
+	l2 := x.l2(off)
+	at := x.alloc((int64(len(raw))-1)/x.cs + 1)
+	copy(x.b[at:], raw)
+	x.put(l2, uint64(newGeometry(x.h).compressedEntry(at, int64(len(raw)))))
+}
+
+// bytes finishes the image with counts of one for every cluster.
+func (x *builder) bytes() []byte {
+	fixed, err := x.h.encode()
+	if err != nil {
+		panic(err)
+	}
+	copy(x.b, fixed)
+	block := refTableEntry(binary.BigEndian.Uint64(x.b[x.h.refTableOffset:])).host()
+	for i := range min(int64(len(x.b))/x.cs, x.cs/2) {
+		setRefcount(x.b[block:], i, 4, 1)
+	}
+	return x.b
+}
+
+func (x *builder) open(t testing.TB) *Image {
+	t.Helper()
+	return openBytes(t, x.bytes())
+}
+
+func openBytes(t testing.TB, b []byte) *Image {
+	t.Helper()
+	im, err := Open(context.Background(), storagetest.MemOf(b), image.Options{Name: "mem", ReadOnly: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { im.Close() })
+	return im
+}
+
+func deflate(t testing.TB, p []byte) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	w, err := flate.NewWriter(&b, 6)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.Write(p)
+	w.Close()
+	return b.Bytes()
+}
+
+// TestCorruptEntries: what an entry has wrong is said when it is used, by its
+// place; the rest of the image can be read.
+func TestCorruptEntries(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		edit func(x *builder)
+		want string
+	}{
+		{"unaligned", func(x *builder) { x.entry(0x20000, 0x50200) }, "L2 table at 0x40000, entry 2: offset 0x50200 is not aligned to 0x10000"},
+		{"past the end", func(x *builder) { x.entry(0x20000, 0x7fff0000) }, "L2 table at 0x40000, entry 2: offset 0x7fff0000 is past the end (0x60000)"},
+		{"reserved", func(x *builder) { x.entry(0x20000, 1<<57|0x50000) }, "L2 table at 0x40000, entry 2: reserved bits 0x200000000000000 are set"},
+		{"reserved, unallocated", func(x *builder) { x.entry(0x20000, 2) }, "L2 table at 0x40000, entry 2: reserved bits 0x2 are set"},
+		{"compressed past the end", func(x *builder) { x.entry(0x20000, flagCompressed|1<<40) }, "L2 table at 0x40000, entry 2: compressed data at 0x10000000000 is past the end (0x60000)"},
+		{"compressed garbage", func(x *builder) { x.entry(0x20000, flagCompressed|0x50000) }, "compressed data at 0x50000, 512 bytes: "},
+		{"L1 unaligned", func(x *builder) { x.put(int64(x.h.l1Offset), 0x40200) }, "L1 table at 0x30000, entry 0: L2 table offset 0x40200 is not aligned to 0x10000"},
+		{"L1 past the end", func(x *builder) { x.put(int64(x.h.l1Offset), 1<<50) }, "L1 table at 0x30000, entry 0: L2 table offset 0x4000000000000 is past the end (0x60000)"},
+		{"L1 reserved", func(x *builder) { x.put(int64(x.h.l1Offset), 0x40001) }, "L1 table at 0x30000, entry 0: reserved bits 0x1 are set"},
+		{"zero in version 2", func(x *builder) { x.entry(0x20000, 1); x.h.version, x.h.length = 2, headerLengthV2 }, "L2 table at 0x40000, entry 2: zero cluster in an image of version 2"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			x := build(16, 1<<30)
+			x.data(0x10000, 0x55)
+			tt.edit(x)
+			im := x.open(t)
+			p := make([]byte, 100)
+			_, err := im.ReadAt(p, 0x20000)
+			if !errors.Is(err, image.ErrCorrupt) || !strings.Contains(err.Error(), tt.want) || !strings.HasPrefix(err.Error(), "read mem: ") {
+				t.Errorf("got %v, want %q", err, tt.want)
+			}
+			if err := im.TryReadAt(p, 0x20000); !errors.Is(err, image.ErrCorrupt) && !errors.Is(err, image.ErrWouldBlock) {
+				t.Errorf("try: %v", err)
+			}
+			if strings.HasPrefix(tt.name, "L1") {
+				if _, err := im.ReadAt(p, 600<<20); err != nil {
+					t.Errorf("reading elsewhere: %v", err)
+				}
+				return
+			}
+			if _, err := im.ReadAt(p, 0x10000); err != nil || p[0] != 0x55 {
+				t.Errorf("reading elsewhere: %v", err)
+			}
+			x2, err := im.AppendExtents(nil, 0, 1<<20, image.WantZero)
+			if err != nil || len(x2) == 0 || tt.name != "compressed garbage" && x2[len(x2)-1].Offset+x2[len(x2)-1].Length != 0x20000 {
+				t.Errorf("extents before it: %v, %v", x2, err)
+			}
+		})
+	}
+}
+
+func TestCorruptSubclusters(t *testing.T) {
+	x := build(16, 1<<20)
+	x.h.incompatible = incompatExtendedL2
+	at := x.data(0, 1)
+	x.put(x.l2(0)+8, 1<<32|1) // allocated and zero
+	x.put(x.l2(0x10000)+8, 1) // allocated, but no cluster
+	x.entry(0x20000, uint64(at)|flagCopied)
+	x.put(x.l2(0x20000)+8, 0x5<<32|0x2)
+	im := x.open(t)
+	p := make([]byte, 8192)
+	for _, off := range []int64{0, 0x10000} {
+		if _, err := im.ReadAt(p, off); !errors.Is(err, image.ErrCorrupt) || !strings.Contains(err.Error(), "subcluster bitmap") {
+			t.Errorf("at %#x: %v", off, err)
+		}
+	}
+	if _, err := im.ReadAt(p, 0x20000); err != nil || p[0] != 0 || p[2048] != 1 || p[4095] != 1 || p[4096] != 0 {
+		t.Errorf("subclusters: %v", err)
+	}
+}
+
+// TestHostileHeaders opens images that claim to be huge: nothing of that size
+// may be allocated, and nothing may panic.
+func TestHostileHeaders(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		edit func(x *builder)
+		want string
+	}{
+		{"L1 past the end", func(x *builder) { x.h.l1Size = maxL1Size / 8 }, "L1 table at 0x30000: its 4194304 entries are past the end"},
+		{"snapshots past the end", func(x *builder) { x.h.snapshotCount, x.h.snapshotOffset = maxSnapshots, 1<<40 }, "Could not read snapshots"},
+		{"snapshots of nothing", func(x *builder) { x.h.snapshotCount, x.h.snapshotOffset = maxSnapshots, 0x30000 }, "Could not read snapshots: snapshot table entry"},
+		{"bitmaps past the end", func(x *builder) {
+			x.h.autoclear = autoclearBitmaps
+			x.h.setExtension(extBitmaps, bitmapsExtension{maxBitmaps, maxBitmapDirectory, 1 << 40}.encode())
+		}, "bitmap directory at 0x10000000000 is past the end"},
+		{"no bitmaps", func(x *builder) {
+			x.h.autoclear = autoclearBitmaps
+			x.h.setExtension(extBitmaps, bitmapsExtension{1, 512, 0x10000}.encode())
+		}, "bitmap "},
+		{"data file without a name", func(x *builder) { x.h.incompatible = incompatDataFile }, "'data-file' is required for this image"},
+		{"data file, refused", func(x *builder) {
+			x.h.incompatible = incompatDataFile
+			x.h.setExtension(extDataFile, []byte("/etc/passwd"))
+		}, `data file "/etc/passwd": refused by policy`},
+		{"backing, refused", func(x *builder) { x.h.backing = "/etc/passwd" }, `backing image "/etc/passwd": refused by policy`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			x := build(16, 1<<30)
+			tt.edit(x)
+			_, err := Open(context.Background(), storagetest.MemOf(x.bytes()), image.Options{ReadOnly: true})
+			if err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("got %v, want %q", err, tt.want)
+			}
+		})
+	}
+}
+
+func TestWritableIsRefused(t *testing.T) {
+	_, err := Open(context.Background(), storagetest.MemOf(build(16, 1<<20).bytes()), image.Options{})
+	if !errors.Is(err, errors.ErrUnsupported) {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestOptions(t *testing.T) {
+	for _, tt := range []struct {
+		params []image.Param
+		budget int64
+		want   string
+	}{
+		{nil, defaultL2Cache, ""},
+		{[]image.Param{{Key: "l2-cache-size", Value: "1M"}}, 1 << 20, ""},
+		{[]image.Param{{Key: "cache-size", Value: "65536"}}, 65536, ""},
+		{[]image.Param{{Key: "cache-size", Value: "2M"}, {Key: "l2-cache-size", Value: "64k"}}, 65536, ""},
+		{[]image.Param{{Key: "cache-size", Value: "1M"}, {Key: "l2-cache-size", Value: "2M"}}, 0, "l2-cache-size may not exceed cache-size"},
+		{[]image.Param{{Key: "l2-cache-size", Value: "-1"}}, 0, "not a number of bytes"},
+		{[]image.Param{{Key: "l2-cache-size", Value: "9999999P"}}, 0, "not a number of bytes"},
+		{[]image.Param{{Key: "no-such-thing", Value: "1"}}, 0, "unknown option no-such-thing"},
+	} {
+		o, err := parseOptions(tt.params)
+		switch {
+		case tt.want == "" && (err != nil || o.l2Budget() != tt.budget):
+			t.Errorf("%v: %d, %v", tt.params, o.l2Budget(), err)
+		case tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)):
+			t.Errorf("%v: %v, want %q", tt.params, err, tt.want)
+		}
+	}
+}
+
+// TestReadFaults fails every operation of the store in turn: the error
+// surfaces or what failed is done again, and the image can be used afterwards.
+func TestReadFaults(t *testing.T) {
+	x := build(12, 8<<20)
+	for i := range int64(20) {
+		x.data(i*300<<10, byte(i+1))
+	}
+	x.compressed(50<<10, deflate(t, bytes.Repeat([]byte{7}, 4096)))
+	b := x.bytes()
+	want := make([]byte, 8<<20)
+	if _, err := openBytes(t, b).ReadAt(want, 0); err != nil {
+		t.Fatal(err)
+	}
+	failed := 0
+	for k := 1; ; k++ {
+		s := storagetest.Fault(storagetest.MemOf(b), storagetest.Nth(storagetest.OpAny&^storagetest.OpClose, k, storagetest.Failure{Err: syscall.EIO}))
+		im, err := Open(context.Background(), s, image.Options{ReadOnly: true})
+		if err != nil {
+			if !errors.Is(err, syscall.EIO) {
+				t.Fatalf("operation %d: open: %v", k, err)
+			}
+			continue
+		}
+		got := make([]byte, len(want))
+		_, err = im.ReadAt(got, 0)
+		if err != nil && !errors.Is(err, syscall.EIO) || err == nil && !bytes.Equal(got, want) {
+			t.Fatalf("operation %d: %v", k, err)
+		}
+		if err != nil {
+			failed++
+		}
+		if len(s.Injected()) == 0 {
+			break
+		}
+		if _, err := im.ReadAt(got, 0); err != nil || !bytes.Equal(got, want) {
+			t.Fatalf("operation %d: reading again: %v", k, err)
+		}
+		if err := im.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if failed < 20 {
+		t.Errorf("only %d operations failed", failed)
+	}
+}
+
+// TestReadPastTheEnd: the last cluster of a store may be cut, as QEMU's are.
+func TestReadPastTheEnd(t *testing.T) {
+	x := build(16, 1<<20)
+	x.data(0x10000, 0x77)
+	b := x.bytes()
+	im := openBytes(t, b[:len(b)-60000])
+	p := bytes.Repeat([]byte{9}, 0x10000)
+	if _, err := im.ReadAt(p, 0x10000); err != nil || p[5535] != 0x77 || p[5536] != 0 || p[65535] != 0 {
+		t.Errorf("%v, %d %d", err, p[5535], p[5536])
+	}
+	exts, err := im.AppendExtents(nil, 0x10000, 0x10000, image.WantLocation|image.WantZero)
+	if err != nil || len(exts) != 2 || exts[0].Length != 5536 || exts[0].At.Store == nil || exts[1].At.Store != nil || !exts[1].Zero {
+		t.Errorf("%+v, %v", exts, err)
+	}
+}
+
+// TestTryReadAt: no table is loaded and no cluster decoded; what is at hand is
+// served.
+func TestTryReadAt(t *testing.T) {
+	x := build(16, 1<<30)
+	x.data(0, 1)
+	x.compressed(0x10000, deflate(t, bytes.Repeat([]byte{2}, 0x10000)))
+	im := x.open(t)
+	p := make([]byte, 4096)
+	if err := im.TryReadAt(p, 600<<20); err != nil {
+		t.Errorf("unallocated table: %v", err)
+	}
+	if err := im.TryReadAt(p, 0); !errors.Is(err, image.ErrWouldBlock) {
+		t.Errorf("table not cached: %v", err)
+	}
+	if _, err := im.ReadAt(p, 0x20000); err != nil {
+		t.Fatal(err)
+	}
+	if err := im.TryReadAt(p, 0x10000); !errors.Is(err, image.ErrWouldBlock) {
+		t.Errorf("cluster not decoded: %v", err)
+	}
+	if _, err := im.ReadAt(p, 0x10000); err != nil {
+		t.Fatal(err)
+	}
+	if err := im.TryReadAt(p, 0x1f000); err != nil || p[0] != 2 || p[4095] != 2 {
+		t.Errorf("decoded: %v, %d", err, p[0])
+	}
+}
+
+// TestSingleFlight: readers of one table or compressed cluster wait for one
+// load, others do not wait.
+func TestSingleFlight(t *testing.T) {
+	x := build(16, 64<<30)
+	x.compressed(0, deflate(t, bytes.Repeat([]byte{2}, 0x10000)))
+	x.data(32<<30, 3)
+	table := int64(binary.BigEndian.Uint64(x.b[x.h.l1Offset:]) & hostMask)
+	started, release := make(chan storagetest.Op, 100), make(chan struct{})
+	hold := storagetest.Hold(storagetest.OpRead, started, release)
+	s := storagetest.Fault(storagetest.MemOf(x.bytes()), func(op storagetest.Op) *storagetest.Failure {
+		if op.Offset != table {
+			return nil
+		}
+		return hold(op)
+	})
+	im, err := Open(context.Background(), s, image.Options{ReadOnly: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	for i := range 8 {
+		wg.Go(func() {
+			p := make([]byte, 512)
+			if _, err := im.ReadAt(p, int64(i)*1024); err != nil || p[0] != 2 {
+				t.Errorf("%v, %d", err, p[0])
+			}
+		})
+	}
+	<-started
+	p := make([]byte, 512)
+	if _, err := im.ReadAt(p, 32<<30); err != nil || p[0] != 3 {
+		t.Errorf("another table: %v, %d", err, p[0])
+	}
+	close(release)
+	wg.Wait()
+	if n := len(started); n != 0 {
+		t.Errorf("the table was loaded %d times more", n)
+	}
+	if n := len(im.decoder.kept); n != 1 {
+		t.Errorf("%d clusters kept", n)
+	}
+	if err := im.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := im.ReadAt(p, 0); !errors.Is(err, fs.ErrClosed) {
+		t.Errorf("after Close: %v", err)
+	}
+}
+
+// TestEviction reads far more tables than the cache may hold, from many
+// goroutines: entries of evicted slices are not reused while they are read.
+func TestEviction(t *testing.T) {
+	const tables = 400
+	x := build(9, tables*32<<10)
+	for i := range int64(tables) {
+		x.data(i*32<<10, byte(i))
+	}
+	s := storagetest.MemOf(x.bytes())
+	im, err := Open(context.Background(), s, image.Options{ReadOnly: true, Params: []image.Param{{Key: "l2-cache-size", Value: "16k"}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	for g := range 8 {
+		wg.Go(func() {
+			p := make([]byte, 16)
+			for i := range int64(3000) {
+				n := (i*7 + int64(g)*131) % tables
+				if _, err := im.ReadAt(p, n*32<<10); err != nil || p[0] != byte(n) {
+					t.Errorf("table %d: %v, %d", n, err, p[0])
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	cached := 0
+	for i := range im.mapping.cache.sets {
+		for j := range im.mapping.cache.sets[i].ways {
+			if im.mapping.cache.sets[i].ways[j].Load() != nil {
+				cached++
+			}
+		}
+	}
+	if cached > 32 {
+		t.Errorf("%d slices of 512 bytes are cached, 32 are allowed", cached)
+	}
+	if err := im.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestDecoderForgets(t *testing.T) {
+	x := build(16, 1<<20)
+	x.compressed(0, deflate(t, bytes.Repeat([]byte{2}, 0x10000)))
+	im := x.open(t)
+	p := make([]byte, 16)
+	if _, err := im.ReadAt(p, 0); err != nil {
+		t.Fatal(err)
+	}
+	e := l2Entry(binary.BigEndian.Uint64(x.b[x.l2(0):]))
+	if !im.decoder.tryReadAt(p, e, 0) {
+		t.Error("not kept")
+	}
+	im.decoder.forget(e)
+	if im.decoder.tryReadAt(p, e, 0) {
+		t.Error("not forgotten")
+	}
+}
+
+// TestDecoderBound: clusters that nobody uses are dropped beyond the bound,
+// the least recently used first.
+func TestDecoderBound(t *testing.T) {
+	x := build(21, 64<<21)
+	for i := range int64(10) {
+		x.compressed(i<<21, deflate(t, bytes.Repeat([]byte{byte(i)}, 1<<21)))
+	}
+	im := x.open(t)
+	p := make([]byte, 16)
+	for i := range int64(10) {
+		if _, err := im.ReadAt(p, i<<21); err != nil || p[0] != byte(i) {
+			t.Fatal(err, p[0])
+		}
+		if _, err := im.ReadAt(p, 0); err != nil || p[0] != 0 {
+			t.Fatal(err, p[0])
+		}
+	}
+	if len(im.decoder.kept) != 4 {
+		t.Errorf("%d clusters kept", len(im.decoder.kept))
+	}
+	for i, kept := range []bool{true, false, false, false, false, false, false, true, true, true} {
+		if got := im.TryReadAt(p, int64(i)<<21) == nil; got != kept {
+			t.Errorf("cluster %d: kept %v", i, got)
+		}
+	}
+}
+
+func TestTally(t *testing.T) {
+	c := newTally(10000)
+	for _, n := range []uint64{1, 254, 255, 70000, 255, 3, 0} {
+		c.set(5000, n)
+		if got := c.get(5000); got != n {
+			t.Errorf("got %d, want %d", got, n)
+		}
+	}
+	if len(c.large) != 0 || c.get(-1) != 0 || c.get(1<<40) != 0 {
+		t.Error("tally")
+	}
+	if c.skip(0) != 4096 || c.skip(5000) != 5000 {
+		t.Error("skip")
+	}
+}
+
+func seeds() [][]byte {
+	plain := build(9, 40<<10)
+	plain.data(0, 1)
+	plain.data(33<<10, 2)
+	plain.entry(512, 1)
+	plain.entry(1024, flagCompressed|0x200)
+
+	sub := build(14, 64<<10)
+	sub.h.incompatible = incompatExtendedL2
+	sub.data(0, 1)
+	sub.put(sub.l2(0)+8, 0xf0<<32|0x0f)
+
+	many := build(9, 40<<10)
+	many.data(0, 1)
+	at := many.alloc(1)
+	many.h.snapshotCount, many.h.snapshotOffset = 1, uint64(at)
+	many.put(at, many.h.l1Offset)
+	binary.BigEndian.PutUint32(many.b[at+8:], 1)
+	at = many.alloc(2)
+	e := bitmapEntry{tableAt: uint64(at) + 512, tableSize: 1, granularity: 16, name: "b", flags: bitmapAuto}
+	copy(many.b[at:], e.encode())
+	many.put(at+512, 1)
+	many.h.autoclear = autoclearBitmaps
+	many.h.setExtension(extBitmaps, bitmapsExtension{1, uint64(len(e.encode())), uint64(at)}.encode())
+	return [][]byte{plain.bytes(), sub.bytes(), many.bytes()}
+}
+
+func FuzzOpenReadAll(f *testing.F) {
+	for _, b := range seeds() {
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		im, err := Open(context.Background(), storagetest.MemOf(b), image.Options{ReadOnly: true})
+		if err != nil {
+			return
+		}
+		readAll(t, im)
+		for i, sn := range im.Snapshots() {
+			if i == 3 {
+				break
+			}
+			if d, err := im.OpenSnapshot(image.SnapshotSelector{ID: sn.ID, Name: sn.Name}); err == nil {
+				readAll(t, d)
+				d.Close()
+			}
+		}
+		for _, info := range im.Bitmaps() {
+			if m, err := im.Bitmap(info.Name); err == nil && im.Info().Size > 0 {
+				m.AppendDirty(nil, 0, im.Info().Size)
+			}
+		}
+		if err := im.Close(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+// readAll reads at most a megabyte of a device and looks at its extents.
+func readAll(t *testing.T, d image.Device) {
+	size := d.Info().Size
+	p := make([]byte, 64<<10)
+	for off := int64(0); off < min(size, 1<<20); off += int64(len(p)) {
+		q := p[:min(int64(len(p)), size-off)]
+		n, err := d.ReadAt(q, off)
+		if err == nil && n != len(q) || errors.Is(err, io.EOF) {
+			t.Fatalf("read: %d, %v", n, err)
+		}
+		d.TryReadAt(q, off)
+	}
+	steps := 0
+	for e, err := range image.Extents(d, 0, size, image.WantZero|image.WantAllocated|image.WantLocation) {
+		if steps++; err != nil || steps > 1000 {
+			break
+		}
+		if e.Length <= 0 {
+			t.Fatalf("extent %+v", e)
+		}
+	}
+}
+
+func FuzzCheck(f *testing.F) {
+	for _, b := range seeds() {
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		im, err := Open(context.Background(), storagetest.MemOf(b), image.Options{ReadOnly: true})
+		if err != nil {
+			return
+		}
+		defer im.Close()
+		var findings int64
+		ctx, cancel := context.WithCancel(context.Background())
+		defer cancel()
+		res, err := im.Check(ctx, image.CheckOptions{Report: func(f image.Finding) {
+			if findings++; findings > 1<<16 {
+				cancel()
+			}
+		}})
+		if err == nil && findings != res.Corruptions+res.Leaks && res.CheckErrors == 0 && len(im.Bitmaps()) == 0 {
+			t.Fatalf("%d findings, but %+v", findings, res)
+		}
+	})
+}
+
+// FuzzDecode gives the decoders anything: they answer with a cluster or an
+// error, in bounded memory.
+func FuzzDecode(f *testing.F) {
+	f.Add([]byte{3, 0}, false)
+	f.Add([]byte("\x28\xb5\x2f\xfd\x20\x00\x01\x00\x00"), true)
+	f.Fuzz(func(t *testing.T, b []byte, zstd bool) {
+		w := &workspace{src: b}
+		p := make([]byte, 4096)
+		if zstd {
+			_ = w.zstd(p)
+		} else {
+			_ = w.inflate(p)
+		}
+	})
+}
