@@ -1,0 +1,148 @@
+package qcow2
+
+import (
+	"slices"
+	"sync"
+)
+
+// A hostRun is n consecutive host clusters.
+type hostRun struct{ first, n int64 }
+
+func (r hostRun) end() int64 { return r.first + r.n }
+
+// A countChange is a change of the refcounts of a run that is in force in
+// memory but not in the store.
+type countChange struct {
+	hostRun
+	delta int64
+}
+
+// allocator hands out host clusters. It holds no refcounts: it knows clusters
+// that are free, and tells the committer by countChanges what became of them.
+//
+// Clusters come from free runs, lowest first, then from the tail: what lies
+// beyond everything in use. Those past limit have no refcount block yet and
+// are not handed out (R11); the committer moves limit ahead of the tail.
+//
+// All methods may be called concurrently, and none does I/O.
+type allocator struct {
+	mu      sync.Mutex
+	free    []hostRun     // ascending, never adjacent
+	tail    int64         // everything from here on is free
+	limit   int64         // clusters below have a refcount block
+	fresh   int64         // clusters from here on were never written, and read as zeros
+	changes []countChange // since the last takeChanges, in order
+	forgot  bool          // free runs were dropped for lack of room
+}
+
+// maxFreeRuns bounds the memory of the allocator. What is dropped is found
+// again by the committer's scan.
+const maxFreeRuns = 64 << 10
+
+// newAllocator returns an allocator that appends at tail. Clusters from fresh
+// on are known to read as zeros.
+func newAllocator(tail, limit, fresh int64) *allocator {
+	return &allocator{tail: tail, limit: max(tail, limit), fresh: fresh}
+}
+
+// take hands out up to n consecutive clusters, of which it raises the count to
+// one. fresh says that they were never written: they read as zeros already.
+// ok is false if there is nothing to be had before the next commit.
+func (a *allocator) take(n int64) (r hostRun, fresh, ok bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(a.free) > 0 {
+		f := &a.free[0]
+		r = hostRun{f.first, min(n, f.n)}
+		f.first += r.n
+		f.n -= r.n
+		if f.n == 0 {
+			a.free = a.free[1:]
+		}
+	} else {
+		r = hostRun{a.tail, min(n, a.limit-a.tail)}
+		if r.n <= 0 {
+			return hostRun{}, false, false
+		}
+		a.tail += r.n
+		fresh = r.first >= a.fresh
+	}
+	a.change(r, +1)
+	return r, fresh, true
+}
+
+// give takes back clusters that take handed out and nothing ever referred to,
+// or that nothing refers to any more; their count falls to zero. They may have
+// been written to.
+func (a *allocator) give(r hostRun) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.change(r, -1)
+	a.insert(r)
+}
+
+// found adds free clusters whose counts are zero already.
+func (a *allocator) found(r hostRun) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.insert(r)
+}
+
+// change notes a change of counts; neighbours are merged.
+func (a *allocator) change(r hostRun, delta int64) {
+	if k := len(a.changes); k > 0 {
+		if last := &a.changes[k-1]; last.delta == delta && last.end() == r.first {
+			last.n += r.n
+			return
+		}
+	}
+	a.changes = append(a.changes, countChange{r, delta})
+}
+
+func (a *allocator) insert(r hostRun) {
+	i, _ := slices.BinarySearchFunc(a.free, r, func(x, y hostRun) int { return int(min(max(x.first-y.first, -1), 1)) })
+	left := i > 0 && a.free[i-1].end() == r.first
+	right := i < len(a.free) && r.end() == a.free[i].first
+	switch {
+	case left && right:
+		a.free[i-1].n += r.n + a.free[i].n
+		a.free = slices.Delete(a.free, i, i+1)
+	case left:
+		a.free[i-1].n += r.n
+	case right:
+		a.free[i].first = r.first
+		a.free[i].n += r.n
+	case len(a.free) >= maxFreeRuns:
+		a.forgot = true
+	default:
+		a.free = slices.Insert(a.free, i, r)
+	}
+}
+
+// takeChanges returns the changes of counts since it was last called, and
+// whether no free cluster is known below the tail.
+func (a *allocator) takeChanges() (changes []countChange, dry bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	changes = a.changes
+	a.changes = nil
+	return changes, len(a.free) == 0
+}
+
+// fallow returns how many clusters can be handed out before limit has to move.
+func (a *allocator) fallow() int64 {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	n := a.limit - a.tail
+	for _, f := range a.free {
+		n += f.n
+	}
+	return n
+}
+
+// ends returns tail and limit.
+func (a *allocator) ends() (tail, limit int64) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.tail, a.limit
+}
