@@ -18,6 +18,7 @@ type slice struct {
 
 	mu   sync.Mutex
 	dead bool // not in the cache, or no longer; who wants to change it looks again
+	change
 }
 
 // entry returns entry i, both words of one moment if it is extended.
@@ -39,8 +40,8 @@ func (s *slice) entry(i int, words uint) (l2Entry, l2Bitmap) {
 func (s *slice) retire() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.dead = true
-	return true
+	s.dead = s.idle()
+	return s.dead
 }
 
 const ways = 8
@@ -190,6 +191,9 @@ func (c *cache) place(st *cacheSet, s *slice) {
 	s.dead = true
 	c.arena.retire(s.ents) // later requests do not find it
 }
+
+// capacity returns how many slices the cache holds at most.
+func (c *cache) capacity() int64 { return ways << c.shift }
 
 // close gives up the memory. No request may be inside.
 func (c *cache) close() { c.arena.close() }

@@ -36,6 +36,7 @@ func probe(r io.ReaderAt, _ int64) bool {
 // [image.Checker], [image.Snapshotter] and [image.BitmapSource].
 type Image struct {
 	*disk
+	writer    *writer // nil if read-only
 	header    *header
 	opt       Options
 	snapshots []snapshot
@@ -54,7 +55,11 @@ type files struct {
 }
 
 // Open opens an image. It takes ownership of s if it succeeds.
-func Open(ctx context.Context, s storage.Store, opt image.Options) (_ *Image, err error) {
+func Open(ctx context.Context, s storage.Store, opt image.Options) (*Image, error) {
+	return open(ctx, s, opt, new(defects))
+}
+
+func open(ctx context.Context, s storage.Store, opt image.Options, d *defects) (_ *Image, err error) {
 	o, err := parseOptions(opt.Params)
 	if err != nil {
 		return nil, err
@@ -72,9 +77,6 @@ func Open(ctx context.Context, s storage.Store, opt image.Options) (_ *Image, er
 	}
 	if h.crypt != cryptNone {
 		return nil, errEncrypted
-	}
-	if !opt.ReadOnly {
-		return nil, errWriting
 	}
 	im := &Image{header: h, opt: o}
 	f := &files{geo: newGeometry(h), store: s}
@@ -99,12 +101,17 @@ func Open(ctx context.Context, s storage.Store, opt image.Options) (_ *Image, er
 	if im.disk, err = newDisk(f, opt.Name, int64(h.l1Offset), int(h.l1Size), h.diskSize(), o.l2Budget()); err != nil {
 		return nil, err
 	}
+	if !opt.ReadOnly {
+		if im.writer, err = newWriter(im.disk, h, &opt, d); err != nil {
+			im.mapping.close()
+			return nil, err
+		}
+	}
 	return im, nil
 }
 
 var (
 	errEncrypted = &fault{errors.Join(image.ErrKey, errors.ErrUnsupported), "encrypted images are not supported"}
-	errWriting   = &image.Hint{Err: unsupported("writing qcow2 images is not supported"), Advice: "open it read-only"}
 )
 
 // readHeader reads the header of an image. As parseHeader it may return one

@@ -240,6 +240,12 @@ func (d *disk) appendExtents(dst []image.Extent, off, n int64, want image.Want) 
 func (d *disk) appendData(dst []image.Extent, s *segment, at int64, want image.Want) ([]image.Extent, error) {
 	host, n := s.host+at-s.guest, s.guest+s.length-at
 	e := image.Extent{Offset: at, Length: n, Data: true, Allocated: true, At: image.Location{Store: d.data, Offset: host}}
+	if !d.info.ReadOnly {
+		e.At = image.Location{} // a cluster that is freed can become another's
+		if _, err := below(host+n-1, &d.mapping.dataEnd, d.data); err != nil {
+			return dst, err
+		}
+	}
 	if end := d.mapping.dataEnd.Load(); host+n > end {
 		// The last cluster of the store is not written out in full.
 		if host >= end {
@@ -258,7 +264,9 @@ func (d *disk) appendData(dst []image.Extent, s *segment, at int64, want image.W
 	}
 	for _, x := range exts {
 		e.Offset, e.Length, e.Zero = at+x.Offset-host, x.Length, x.Hole
-		e.At.Offset = x.Offset
+		if e.At.Store != nil {
+			e.At.Offset = x.Offset
+		}
 		dst = append(dst, e)
 	}
 	return dst, nil

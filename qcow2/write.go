@@ -1,0 +1,279 @@
+package qcow2
+
+import (
+	"fmt"
+
+	"github.com/imgnbd/imgnbd/image"
+)
+
+// WriteAt writes p to the disk.
+func (im *Image) WriteAt(p []byte, off int64, flags image.WriteFlags) error {
+	return im.change("write", off, int64(len(p)), flags, func(r *request) error {
+		return r.write(p, off)
+	})
+}
+
+// write writes p at off.
+func (r *request) write(p []byte, off int64) error {
+	start := off
+	return r.each(off, int64(len(p)), func(off, _ int64) (int64, obstacle, error) {
+		return r.writeSome(p[off-start:], off)
+	})
+}
+
+// writeSome writes a prefix of p: a run within one slice.
+func (w *writer) writeSome(p []byte, off int64) (int64, obstacle, error) {
+	s, err := w.mapping.cache.get(w.geo.sliceNo(off))
+	if err != nil {
+		return 0, obstacle{}, err
+	}
+	host, n, err := w.inPlace(s, off, int64(len(p)))
+	if err != nil {
+		return 0, obstacle{}, err
+	}
+	if n == 0 {
+		return w.allocate(s, p, off)
+	}
+	if err := w.data.WriteAt(p[:n], host, 0); err != nil {
+		return 0, obstacle{}, fmt.Errorf("data at %#x: %w", host, err)
+	}
+	return n, obstacle{}, nil
+}
+
+// inPlace returns how many of the n bytes at off can be overwritten where they
+// are, and where that is: data that nothing else refers to.
+func (w *writer) inPlace(s *slice, off, n int64) (host, length int64, err error) {
+	end := min(off+n, w.geo.sliceStart(s.no)+w.geo.sliceSpan())
+	for at := off; at < end; {
+		e, b := s.entry(w.geo.sliceIndex(at), w.geo.entryWords)
+		if !e.copied() {
+			break
+		}
+		seg := segment{guest: at, length: min(w.geo.clusterSize-w.geo.within(at), end-at)}
+		if err := w.mapping.describe(&seg, e, b); err != nil {
+			return 0, 0, fmt.Errorf("%s: %w", w.mapping.place(at), err)
+		}
+		if at == off {
+			host = seg.host
+		}
+		if seg.kind != segmentData || seg.host != host+length {
+			break
+		}
+		at, length = at+seg.length, length+seg.length
+	}
+	return host, length, nil
+}
+
+// claim takes the entries of s from lo on, up to hi, for a change.
+func (w *writer) claim(s *slice, lo, hi int) (*claim, obstacle) {
+	if w.changes.busy.Load() >= w.busyLimit {
+		return nil, obstacle{kind: needCommit}
+	}
+	c, wait := s.claim(lo, hi, w.defects.noClaims)
+	switch {
+	case c != nil:
+		return c, obstacle{}
+	case wait != nil:
+		return nil, obstacle{kind: claimed, claim: wait}
+	case w.mapping.cache.peek(s.no) != nil:
+		return nil, obstacle{kind: changed} // evicted, and back
+	}
+	return nil, obstacle{kind: needCommit} // its set is full of changes
+}
+
+// allocate writes a prefix of p to clusters that are not in place: it claims
+// their entries, finds them room, fills what p does not cover with what was
+// there, and links them.
+func (w *writer) allocate(s *slice, p []byte, off int64) (n int64, o obstacle, err error) {
+	g := w.geo
+	lo := g.sliceIndex(off)
+	hi := min(1<<g.sliceBits, lo+int(g.clusters(g.within(off)+int64(len(p)))))
+	for i := lo + 1; i < hi; i++ {
+		if e, _ := s.entry(i, g.entryWords); g.kind(e) == clusterData && e.copied() {
+			hi = i
+		}
+	}
+	c, o := w.claim(s, lo, hi)
+	if c == nil {
+		return 0, o, nil
+	}
+	linked := false
+	defer func() {
+		if !linked {
+			c.abandon()
+		}
+	}()
+	if _, n, err := w.inPlace(s, off, 1); n > 0 || err != nil {
+		return 0, obstacle{kind: changed}, err
+	}
+	if !w.reserve(hi - lo) {
+		return 0, obstacle{kind: needCommit}, nil
+	}
+	defer w.unreserve(hi - lo)
+	r, own, fresh, ok := w.room(s, lo, hi)
+	if !ok {
+		return 0, obstacle{kind: needClusters}, nil
+	}
+	hi = lo + int(r.n)
+	n = min(r.n<<g.clusterBits-g.within(off), int64(len(p)))
+	if w.defects.linkEarly {
+		w.link(c, lo, r)
+	}
+	if err := w.fillAndWrite(p[:n], off, r, fresh); err != nil {
+		if own {
+			w.alloc.give(r)
+		}
+		return 0, obstacle{}, err
+	}
+	linked = true
+	if !w.defects.linkEarly {
+		w.link(c, lo, r)
+	}
+	s.mu.Lock()
+	c.release()
+	s.mu.Unlock()
+	return n, obstacle{}, nil
+}
+
+// room returns host clusters for entries of s from lo on: those they have, in
+// which case they are not ours to give back, or new ones.
+func (w *writer) room(s *slice, lo, hi int) (r hostRun, own, fresh, ok bool) {
+	g := w.geo
+	if g.dataFile {
+		first := (g.sliceStart(s.no) >> g.clusterBits) + int64(lo)
+		return hostRun{first, int64(hi - lo)}, false, false, w.changes.ensureTable(s)
+	}
+	for i := lo; i < hi; i++ {
+		e, _ := s.entry(i, g.entryWords)
+		kept := e.copied() && e.host() != 0 && !e.compressed() && (g.extended || e.zero())
+		switch {
+		case kept && i == lo:
+			r = hostRun{e.host() >> g.clusterBits, 1}
+		case kept && r.n > 0 && e.host()>>g.clusterBits == r.end():
+			r.n++
+		case kept || r.n > 0:
+			hi = i
+		}
+	}
+	if r.n > 0 {
+		return r, false, false, true
+	}
+	if !w.changes.ensureTable(s) {
+		return hostRun{}, false, false, false
+	}
+	r, fresh, ok = w.alloc.take(int64(hi - lo))
+	return r, true, fresh || w.defects.alwaysFresh, ok
+}
+
+// fillAndWrite writes p to the clusters of r, as guest offset off, and around
+// it what the first and last of them read as now. The caller has claimed them.
+func (w *writer) fillAndWrite(p []byte, off int64, r hostRun, fresh bool) error {
+	g := w.geo
+	at := r.first<<g.clusterBits + g.within(off)
+	end := off + int64(len(p))
+	head, tail := g.within(off), g.ceil(end)-end
+	if w.defects.noFill {
+		head, tail = 0, 0
+	}
+	var err error
+	if head > 0 {
+		if head, err = w.toFill(off-head, head, fresh); err != nil {
+			return err
+		}
+	}
+	if tail > 0 {
+		if tail, err = w.toFill(end, tail, fresh); err != nil {
+			return err
+		}
+	}
+	// At most three writes: the cluster with a head, the middle, that with a tail.
+	for len(p) > 0 {
+		n := int64(len(p))
+		h, t := head, tail
+		if h > 0 || t > 0 {
+			first := g.clusterSize - g.within(off)
+			switch {
+			case h > 0 && n > first:
+				n, t = first, 0
+			case h == 0 && n > first && n > g.within(end):
+				n, t = n-g.within(end), 0
+			}
+		}
+		if h > 0 || t > 0 {
+			err = w.writeFilled(p[:n], off, at, h, t)
+		} else {
+			err = w.data.WriteAt(p[:n], at, 0)
+		}
+		if err != nil {
+			return fmt.Errorf("data at %#x: %w", at, err)
+		}
+		p, off, at, head = p[n:], off+n, at+n, 0
+	}
+	return nil
+}
+
+// toFill returns n, or 0 if the new cluster reads as the n guest bytes at off
+// do already: zeros.
+func (w *writer) toFill(off, n int64, fresh bool) (int64, error) {
+	if !fresh {
+		return n, nil
+	}
+	zero, err := w.readsZero(off, n)
+	if zero {
+		n = 0
+	}
+	return n, err
+}
+
+// readsZero reports whether the mapping says that n bytes at off are zeros.
+func (w *writer) readsZero(off, n int64) (bool, error) {
+	var buf [segmentBatch]segment
+	for n > 0 {
+		segs, err := w.mapping.segments(buf[:0], off, n, true)
+		if err != nil {
+			return false, err
+		}
+		for _, s := range segs {
+			switch {
+			case s.kind == segmentZero || s.kind == segmentZeroAlloc:
+			case s.kind == segmentHole && w.backed(s.guest, s.length) == 0:
+			default:
+				return false, nil
+			}
+			off, n = off+s.length, n-s.length
+		}
+	}
+	return true, nil
+}
+
+// writeFilled writes p at host offset at, with the head bytes before and the
+// tail bytes after it in the guest, all within one cluster.
+func (w *writer) writeFilled(p []byte, off, at, head, tail int64) error {
+	b, _ := w.buffers.Get().(*[]byte)
+	if b == nil {
+		buf := make([]byte, w.geo.clusterSize)
+		b = &buf
+	}
+	defer w.buffers.Put(b)
+	n := int64(len(p))
+	buf := (*b)[:head+n+tail]
+	if err := w.read(buf[:head], off-head); err != nil {
+		return err
+	}
+	if err := w.read(buf[head+n:], off+n); err != nil {
+		return err
+	}
+	copy(buf[head:], p)
+	return w.data.WriteAt(buf, at-head, 0)
+}
+
+// link makes entries from lo on point to the clusters of r.
+func (w *writer) link(c *claim, lo int, r hostRun) {
+	s := c.slice
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i := range int(r.n) {
+		e := l2Entry((r.first+int64(i))<<w.geo.clusterBits) | flagCopied
+		w.changes.set(s, lo+i, e, 0)
+	}
+}

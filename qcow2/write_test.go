@@ -1,0 +1,137 @@
+package qcow2
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"github.com/imgnbd/imgnbd/image"
+	"github.com/imgnbd/imgnbd/image/imagetest"
+	"github.com/imgnbd/imgnbd/internal/test/qemu"
+)
+
+// A writeRecipe makes an image to be written to. options are of qemu-img
+// create; FILE in the arguments that follow is the image.
+type writeRecipe struct {
+	name    string
+	options string
+	size    int64
+	backing bool
+	io      []string
+	after   [][]string
+}
+
+const writeSize = 1<<20 + 512*3
+
+var writeRecipes = []writeRecipe{
+	{name: "default"},
+	{name: "v2", options: "compat=0.10,cluster_size=4k"},
+	{name: "v2 backing", options: "compat=0.10,cluster_size=4k", backing: true},
+	{name: "512", options: "cluster_size=512,refcount_bits=64"},
+	{name: "512 backing", options: "cluster_size=512,refcount_bits=1", backing: true},
+	{name: "4k", options: "cluster_size=4k,refcount_bits=2"},
+	{name: "4k backing", options: "cluster_size=4k,refcount_bits=8", backing: true},
+	{name: "64k backing", options: "refcount_bits=32", backing: true},
+	{name: "2M", options: "cluster_size=2M,refcount_bits=4"},
+	{name: "lazy", options: "cluster_size=4k,lazy_refcounts=on"},
+	{name: "metadata", options: "cluster_size=4k,preallocation=metadata"},
+	{name: "falloc", options: "preallocation=falloc"},
+	{name: "snapshots", options: "cluster_size=4k", io: []string{"write -P 1 0 300k", "write -z 100k 50k"}, after: [][]string{{"snapshot", "-c", "one", "FILE"}}},
+	{name: "snapshots 512", options: "cluster_size=512,refcount_bits=2", io: []string{"write -P 1 0 300k", "write -z 100k 50k"},
+		after: [][]string{{"snapshot", "-c", "one", "FILE"}, {"snapshot", "-c", "two", "FILE"}}},
+	{name: "compressed", options: "cluster_size=4k", io: []string{"write -c -P 1 0 128k", "write -c -P 2 200k 12k", "write -P 3 256k 64k"}},
+	{name: "compressed 64k", io: []string{"write -c -P 1 0 128k", "write -c -P 2 256k 64k", "write -P 3 512k 64k"}},
+}
+
+// make creates the image and returns the path and what it holds.
+func (r *writeRecipe) make(t testing.TB) (file string, content []byte) {
+	t.Helper()
+	size := r.size
+	if size == 0 {
+		size = writeSize
+	}
+	dir := t.TempDir()
+	file = filepath.Join(dir, "disk.qcow2")
+	args := []string{"create", "-q", "-f", "qcow2"}
+	if r.options != "" {
+		args = append(args, "-o", r.options)
+	}
+	if r.backing {
+		b := make([]byte, size/2+1536)
+		for i := range b {
+			b[i] = byte(i>>9) | 1
+		}
+		if err := os.WriteFile(filepath.Join(dir, "back"), b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		args = append(args, "-b", "back", "-F", "raw")
+	}
+	qemu.Img(t, append(args, file, fmt.Sprint(size))...)
+	if len(r.io) > 0 {
+		qemu.IO(t, "qcow2", file, r.io...)
+	}
+	for _, a := range r.after {
+		a = append([]string(nil), a...)
+		for i := range a {
+			if a[i] == "FILE" {
+				a[i] = file
+			}
+		}
+		qemu.Img(t, a...)
+	}
+	raw := filepath.Join(dir, "content")
+	qemu.Img(t, "convert", "-f", "qcow2", "-O", "raw", file, raw)
+	content, err := os.ReadFile(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return file, content
+}
+
+func openToWrite(file string) (image.Device, error) {
+	return chain().Open(context.Background(), file, image.OpenOptions{Format: "qcow2"})
+}
+
+func (r *writeRecipe) target() imagetest.Target {
+	return imagetest.Target{New: func(t testing.TB) imagetest.Disk {
+		file, content := r.make(t)
+		return imagetest.Disk{
+			Open:    func() (image.Device, error) { return openToWrite(file) },
+			Content: content,
+			Judge:   func(want []byte) error { return judgeFile(file, want) },
+		}
+	}}
+}
+
+// judgeFile asks qemu-img whether an image is sound, without leaks, and reads
+// as want.
+func judgeFile(file string, want []byte) error {
+	if out, err := exec.Command("qemu-img", "check", "-f", "qcow2", file).CombinedOutput(); err != nil {
+		return fmt.Errorf("qemu-img check: %w\n%s", err, out)
+	}
+	raw := file + ".want"
+	if err := os.WriteFile(raw, want, 0o600); err != nil {
+		return err
+	}
+	if out, err := exec.Command("qemu-img", "compare", "-f", "qcow2", "-F", "raw", file, raw).CombinedOutput(); err != nil {
+		return fmt.Errorf("qemu-img compare: %w\n%s", err, out)
+	}
+	return nil
+}
+
+func TestWriteContract(t *testing.T) {
+	for _, i := range []int{0, 4, 12, 14} {
+		t.Run(writeRecipes[i].name, func(t *testing.T) { imagetest.Run(t, writeRecipes[i].target()) })
+	}
+}
+
+func TestWriteRandom(t *testing.T) {
+	for i, r := range writeRecipes {
+		t.Run(r.name, func(t *testing.T) {
+			imagetest.Random(t, r.target(), uint64(i), imagetest.RandomOptions{Steps: 120, Cluster: 4096})
+		})
+	}
+}

@@ -1,0 +1,320 @@
+package qcow2
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math"
+	"sync"
+	"sync/atomic"
+	"syscall"
+
+	"github.com/imgnbd/imgnbd/image"
+	"github.com/imgnbd/imgnbd/storage"
+)
+
+// A writer is the writing half of a disk. A request changes the mapping in
+// memory and is done; the committer brings what changed to the store.
+//
+// An overwrite of a cluster that is ours alone takes no lock. All others claim
+// the entries that they change, do their I/O, and link under the lock of the
+// slice. Lock order: cacheSet.mu, slice.mu, changes.tableMu, allocator.mu; all
+// others are leaves. No lock is held across I/O.
+type writer struct {
+	*disk
+	alloc   *allocator
+	changes *changes
+	commit  *committer
+	journal *journal // nil: none
+	defects *defects
+
+	stale     autoclear    // bits that must not be set once the disk has changed
+	clearOnce sync.Mutex   // guards the clearing of them
+	cleared   atomic.Bool  // they are off, durably
+	busyLimit int64        // slices that may be dirty before writers wait
+	freed     atomic.Int64 // clusters given up since a commit was last asked for
+	buffers   sync.Pool    // of *[]byte, one cluster each
+}
+
+// newWriter makes d writable. What the image has that would come to harm is
+// refused here, by name.
+func newWriter(d *disk, h *header, opt *image.Options, defects *defects) (*writer, error) {
+	if err := writable(h); err != nil {
+		return nil, err
+	}
+	g, info := d.geo, d.store.Info()
+	size, err := d.store.Size()
+	if err != nil {
+		return nil, err
+	}
+	end := int64(1) << (56 - g.clusterBits) // by the format
+	if info.FixedSize {
+		end = size >> g.clusterBits
+	}
+	refs, err := openRefcounts(d.store, g, int64(h.refTableOffset), int64(h.refTableClusters), end)
+	if err != nil {
+		return nil, err
+	}
+	tail, fresh := g.clusters(size), int64(math.MaxInt64)
+	if info.FixedSize {
+		tail = 0 // what the device holds beyond the image is of no account
+	}
+	if tail, err = refs.lastUsed(tail); err != nil {
+		return nil, err
+	}
+	if info.NewReadsZero && !info.FixedSize {
+		fresh = tail
+	}
+	refs.scanEnd = tail
+	w := &writer{disk: d, defects: defects, busyLimit: d.mapping.cache.capacity() * 7 / 8}
+	w.alloc = newAllocator(tail, refs.covered(tail), fresh)
+	w.changes = newChanges(d.mapping, w.alloc, defects)
+	w.commit = &committer{
+		store: d.store, g: g, changes: w.changes, alloc: w.alloc, refs: refs, epochs: d.epochs, defects: defects,
+		discard: info.Discard,
+	}
+	w.changes.crowded = func() { w.commit.ask() }
+	w.changes.crowd = d.mapping.cache.capacity() / 2
+	if g.dataFile {
+		w.commit.data = d.data
+	}
+	if err := w.clearFeatures(h); err != nil {
+		return nil, err
+	}
+	d.info.ReadOnly, d.info.Discard, d.info.FastZero = false, true, g.version >= 3
+	w.commit.start()
+	return w, nil
+}
+
+// writable names what keeps an image from being written.
+func writable(h *header) error {
+	problem := ""
+	switch {
+	case h.incompatible&incompatDirty != 0:
+		return &image.Hint{
+			Err:    unsupported("the image was not closed properly, its reference counts are to be rebuilt"),
+			Advice: "run qemu-img check -r all on it, or open it read-only",
+		}
+	case h.incompatible&incompatExtendedL2 != 0:
+		problem = "subclusters (extended_l2)"
+	case h.incompatible&incompatDataFile != 0:
+		problem = "an external data file"
+	default:
+		return nil
+	}
+	return &image.Hint{
+		Err:    unsupported("writing to an image with %s is not supported", problem),
+		Advice: "open it read-only",
+	}
+}
+
+// clearFeatures turns off the autoclear bits that we do not know, as who opens
+// an image for writing has to. That of the bitmaps goes before the first
+// change, since we do not keep them up to date.
+func (w *writer) clearFeatures(h *header) error {
+	known := autoclearBitmaps
+	if w.geo.dataFile {
+		known |= autoclearDataFileRaw
+	}
+	w.stale = h.autoclear & autoclearBitmaps
+	w.cleared.Store(w.stale == 0)
+	if h.autoclear&^known == 0 {
+		return nil
+	}
+	return clearAutoclear(w.store, h.autoclear&^known)
+}
+
+// firstChange is called before anything is changed, and returns when the bits
+// that the change makes stale are off.
+func (w *writer) firstChange() error {
+	if w.cleared.Load() {
+		return nil
+	}
+	w.clearOnce.Lock()
+	defer w.clearOnce.Unlock()
+	if w.cleared.Load() {
+		return nil
+	}
+	if err := clearAutoclear(w.store, w.stale); err != nil {
+		return err
+	}
+	w.cleared.Store(true)
+	return nil
+}
+
+// clearAutoclear turns autoclear bits off, durably.
+func clearAutoclear(s storage.Store, bits autoclear) error {
+	var b [8]byte
+	if _, err := s.ReadAt(b[:], 88); err != nil {
+		return fmt.Errorf("header: %w", err)
+	}
+	binary.BigEndian.PutUint64(b[:], binary.BigEndian.Uint64(b[:])&^uint64(bits))
+	if err := s.WriteAt(b[:], 88, 0); err != nil {
+		return fmt.Errorf("header: %w", err)
+	}
+	return s.Sync()
+}
+
+// change carries out a request that changes [off, off+n).
+func (im *Image) change(op string, off, n int64, flags image.WriteFlags, do func(*request) error) error {
+	if im.writer == nil {
+		return image.ErrReadOnly
+	}
+	if err := image.CheckRange(im.info.Size, off, n); err != nil {
+		return err
+	}
+	r := request{writer: im.writer}
+	if err := r.enter(); err != nil {
+		return err
+	}
+	defer r.leave()
+	err := r.firstChange()
+	if err == nil {
+		err = do(&r)
+	}
+	if err == nil && flags&image.FUA != 0 {
+		err = r.commit.commit()
+	}
+	if err == nil || err == errors.ErrUnsupported || errors.Is(err, fs.ErrClosed) {
+		return err
+	}
+	return image.Wrap(op, im.name, fmt.Errorf("%d bytes at %d: %w", n, off, err))
+}
+
+// Flush makes durable all that was done before.
+func (im *Image) Flush() error {
+	v, err := im.epochs.enter()
+	if err != nil {
+		return err
+	}
+	defer v.leave()
+	if im.writer == nil {
+		return nil
+	}
+	return image.Wrap("flush", im.name, im.writer.commit.commit())
+}
+
+// Close makes everything durable and closes what the image has opened.
+func (im *Image) Close() error {
+	if im.writer == nil {
+		return im.disk.Close()
+	}
+	if err := im.epochs.close(); err != nil {
+		return err
+	}
+	err := im.writer.close()
+	im.mapping.close()
+	return image.Wrap("close", im.name, errors.Join(err, im.files.release()))
+}
+
+// An obstacle is what a request has to wait for, outside of its epoch.
+type obstacle struct {
+	kind  obstacleKind
+	claim <-chan struct{}
+}
+
+type obstacleKind uint8
+
+const (
+	noObstacle   obstacleKind = iota
+	changed                   // look again
+	claimed                   // somebody else's claim
+	needClusters              // a commit makes more of them
+	needCommit                // a commit makes room in the cache or the journal
+)
+
+// A request changes something. It is inside an epoch, but for the time it
+// waits.
+type request struct {
+	*writer
+	visit visit
+	dry   int // commits that made no clusters
+}
+
+func (r *request) leave() {
+	if r.visit.inside != nil {
+		r.visit.leave()
+		r.visit = visit{}
+	}
+}
+
+func (r *request) enter() (err error) {
+	r.visit, err = r.epochs.enter()
+	return err
+}
+
+// maxDry is how many commits a request waits for clusters before there are
+// none. The first may only have to look further for free ones; those freed
+// before it are there after the second, or the third if requests are slow.
+const maxDry = 4
+
+// overcome waits until an obstacle is gone.
+func (r *request) overcome(o obstacle) error {
+	switch o.kind {
+	case noObstacle:
+		r.dry = 0
+		return nil
+	case changed:
+		return nil
+	}
+	r.leave()
+	switch o.kind {
+	case claimed:
+		<-o.claim
+	case needClusters:
+		t := r.commit.ask()
+		if r.dry++; r.dry == 1 {
+			<-t.cut
+			break
+		}
+		if <-t.done; t.err != nil {
+			return t.err
+		}
+		if r.dry > maxDry {
+			return syscall.ENOSPC
+		}
+	case needCommit:
+		if err := r.commit.commit(); err != nil {
+			return err
+		}
+	}
+	return r.enter()
+}
+
+// each calls step until it has dealt with [off, off+n). A call returns how
+// many bytes it did, or an obstacle.
+func (r *request) each(off, n int64, step func(off, n int64) (int64, obstacle, error)) error {
+	for n > 0 {
+		did, o, err := step(off, n)
+		if err == nil {
+			err = r.overcome(o)
+		}
+		if err != nil {
+			return err
+		}
+		off, n = off+did, n-did
+	}
+	return nil
+}
+
+// reserve sees to it that n changes can be recorded.
+func (w *writer) reserve(n int) bool { return w.journal == nil || w.journal.reserve(n) }
+
+func (w *writer) unreserve(n int) {
+	if w.journal != nil {
+		w.journal.unreserve(n)
+	}
+}
+
+// close makes everything durable and ends the committer. Requests are over.
+func (w *writer) close() error {
+	err := w.commit.commit()
+	if err == nil {
+		// Nothing is dirty: what has no L1 entry now never came to be needed.
+		w.changes.giveUnusedTables()
+		err = w.commit.commit() // the counts of what was freed
+	}
+	w.commit.stop()
+	return err
+}

@@ -1,0 +1,198 @@
+package qcow2
+
+import (
+	"errors"
+	"runtime"
+
+	"github.com/imgnbd/imgnbd/image"
+)
+
+// graceBytes is how much dropped space may wait for the next commit before
+// one is asked for.
+const graceBytes = 64 << 20
+
+// WriteZeroes makes a range of the disk read as zeros.
+func (im *Image) WriteZeroes(off, n int64, flags image.WriteFlags) error {
+	return im.change("zero", off, n, flags, func(r *request) error {
+		return r.writeZeroes(off, n, flags)
+	})
+}
+
+// Discard gives up the space of a range of the disk.
+func (im *Image) Discard(off, n int64) error {
+	return im.change("discard", off, n, 0, func(r *request) error {
+		return r.discard(off, n)
+	})
+}
+
+// writeZeroes makes a range read as zeros. Whole clusters change their entry
+// only; what is left at either end is written, unless it reads as zeros.
+func (r *request) writeZeroes(off, n int64, flags image.WriteFlags) error {
+	end := off + n
+	if off+n == r.info.Size {
+		end = r.geo.ceil(end) // nothing is behind it
+	}
+	first, last := r.geo.ceil(off), r.geo.floor(end)
+	if first >= last {
+		first, last = off+n, off+n
+	}
+	unmap := flags&image.MayUnmap != 0
+	if flags&image.FastOnly != 0 {
+		if err := r.fastZero(off, min(first, off+n), last, off+n); err != nil {
+			return err
+		}
+	}
+	if err := r.zeroPart(off, first-off); err != nil {
+		return err
+	}
+	if first < last {
+		if err := r.zeroClusters(first, last-first, unmap); err != nil {
+			return err
+		}
+	}
+	return r.zeroPart(last, off+n-last)
+}
+
+// fastZero returns an error unless a range can be zeroed without writing data:
+// all but [first, last), which is whole clusters, is zeros already.
+func (r *request) fastZero(off, first, last, end int64) error {
+	if r.geo.version < 3 && r.backing != nil && first < last {
+		return errors.ErrUnsupported
+	}
+	head, err := r.readsZero(off, first-off)
+	if err != nil {
+		return err
+	}
+	tail, err := r.readsZero(last, max(end-last, 0))
+	if err != nil {
+		return err
+	}
+	if !head || !tail {
+		return errors.ErrUnsupported
+	}
+	return nil
+}
+
+// zeroPart zeroes a part of a cluster, or of two. It never zeroes more than
+// that, even where the rest is zeros now: somebody may be writing to it (R9).
+func (r *request) zeroPart(off, n int64) error {
+	for n > 0 {
+		m := min(n, r.geo.clusterSize-r.geo.within(off))
+		zero, err := r.readsZero(off, m)
+		switch {
+		case err != nil:
+			return err
+		case zero && r.defects.growZeroes:
+			runtime.Gosched()
+			err = r.zeroClusters(r.geo.floor(off), r.geo.clusterSize, true)
+		case !zero:
+			err = r.write(make([]byte, m), off)
+		}
+		if err != nil {
+			return err
+		}
+		off, n = off+m, n-m
+	}
+	return nil
+}
+
+// zeroClusters zeroes whole clusters. With unmap they give up what they
+// occupy.
+func (r *request) zeroClusters(off, n int64, unmap bool) error {
+	if r.geo.version < 3 && (r.backing != nil || !unmap) {
+		// There is no zero flag: only what has no backing can be made a hole.
+		return r.zeroPart(off, n)
+	}
+	return r.each(off, n, func(off, n int64) (int64, obstacle, error) {
+		return r.changeClusters(off, n, func(e l2Entry, b l2Bitmap) (l2Entry, l2Bitmap) {
+			return r.zeroed(e, b, unmap)
+		})
+	})
+}
+
+// discard gives up what whole clusters occupy. They read as zeros then: never
+// as what the backing image has.
+func (r *request) discard(off, n int64) error {
+	end := off + n
+	if end == r.info.Size {
+		end = r.geo.ceil(end)
+	}
+	first, last := r.geo.ceil(off), r.geo.floor(end)
+	if first >= last || r.geo.version < 3 && r.backing != nil {
+		return nil
+	}
+	return r.zeroClusters(first, last-first, true)
+}
+
+// zeroed returns the entry of a cluster after it was zeroed.
+func (w *writer) zeroed(e l2Entry, b l2Bitmap, unmap bool) (l2Entry, l2Bitmap) {
+	kind := w.geo.kind(e)
+	switch {
+	case kind == clusterUnallocated && w.backing == nil:
+		return e, b
+	case kind == clusterZeroPlain, kind == clusterZeroAlloc && !unmap:
+		return e, b
+	case kind == clusterData && e.copied() && !unmap:
+		return e | flagZero, b
+	case w.backing == nil:
+		return 0, 0
+	}
+	return flagZero, 0
+}
+
+// changeClusters sets the entries of whole clusters to what f makes of them:
+// of those within one slice, from off on.
+func (w *writer) changeClusters(off, n int64, f func(l2Entry, l2Bitmap) (l2Entry, l2Bitmap)) (int64, obstacle, error) {
+	g := w.geo
+	s, err := w.mapping.cache.get(g.sliceNo(off))
+	if err != nil {
+		return 0, obstacle{}, err
+	}
+	lo := g.sliceIndex(off)
+	hi := min(1<<g.sliceBits, lo+int(n>>g.clusterBits))
+	did := int64(hi-lo) << g.clusterBits
+	c, o := w.claim(s, lo, hi)
+	if c == nil {
+		return 0, o, nil
+	}
+	// Nobody else changes these entries now.
+	differ := false
+	for i := lo; i < hi; i++ {
+		e, b := s.entry(i, g.entryWords)
+		seg := segment{guest: off + int64(i-lo)<<g.clusterBits, length: g.clusterSize}
+		if err := w.mapping.describe(&seg, e, b); err != nil {
+			c.abandon()
+			return 0, obstacle{}, err
+		}
+		e2, b2 := f(e, b)
+		differ = differ || e2 != e || b2 != b
+	}
+	if !differ {
+		c.abandon()
+		return did, obstacle{}, nil
+	}
+	if !w.reserve(hi - lo) {
+		c.abandon()
+		return 0, obstacle{kind: needCommit}, nil
+	}
+	defer w.unreserve(hi - lo)
+	if !w.changes.ensureTable(s) {
+		c.abandon()
+		return 0, obstacle{kind: needClusters}, nil
+	}
+	s.mu.Lock()
+	before := len(s.dropped)
+	for i := lo; i < hi; i++ {
+		e, b := s.entry(i, g.entryWords)
+		e, b = f(e, b)
+		w.changes.set(s, i, e, b)
+	}
+	dropped := len(s.dropped) - before
+	c.release()
+	s.mu.Unlock()
+	if w.freed.Add(int64(dropped))<<g.clusterBits > graceBytes {
+		w.freed.Store(0)
+		w.commit.ask()
+	}
+	return did, obstacle{}, nil
+}
