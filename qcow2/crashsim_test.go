@@ -1,0 +1,407 @@
+package qcow2
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"testing"
+
+	"github.com/imgnbd/imgnbd/image"
+	"github.com/imgnbd/imgnbd/internal/test/qemu"
+	"github.com/imgnbd/imgnbd/raw"
+	"github.com/imgnbd/imgnbd/storage"
+	"github.com/imgnbd/imgnbd/storage/storagetest"
+)
+
+// The crash simulator. Workers send random requests to an image on a store
+// that records everything in one order: writes, syncs, requests, answers. Then,
+// for points of that record, it builds images that a crash at that point may
+// leave, and lets an independent reader judge them: is the structure sound,
+// and does every guest sector hold what the requests until then allow?
+//
+// Sectors carry the number of the request that wrote them, and their own.
+
+const sim512 = storagetest.SectorSize
+
+// A simKind is a kind of image, and a workload for it.
+type simKind struct {
+	name    string
+	options string // of qemu-img create
+	size    int64  // bytes of the disk; hot: of its part that gets most requests
+	hot     int64
+	workers int
+	ops     int
+	backing bool
+	device  int64      // bytes of a device of fixed size that holds the image; 0: a file
+	before  []string   // commands of qemu-io on the new image
+	after   [][]string // arguments of qemu-img then, before FILE
+	l2cache string
+}
+
+// A simOp is a request. Its times are positions in the record.
+type simOp struct {
+	id         int
+	kind       byte // w write, z zero, d discard, f flush
+	off, n     int64
+	start, end int // end is never if it failed
+}
+
+const never = 1 << 60
+
+// A simRead is what a request found in one sector.
+type simRead struct {
+	sector     int64
+	value      uint64
+	start, end int
+}
+
+type sim struct {
+	kind    *simKind
+	seed    uint64
+	defects defects
+	log     *storagetest.Log
+	store   *storagetest.Recorder
+	backing []byte
+	initial []byte // what the disk read as before
+
+	mu     sync.Mutex
+	ops    []*simOp
+	sector [][]*simOp // which may have changed it
+	reads  []simRead
+	failed int // requests
+}
+
+// simBlank makes the image of a kind, once.
+func simBlank(t testing.TB, k *simKind) []byte {
+	simBlanks.Lock()
+	defer simBlanks.Unlock()
+	if b := simBlanks.m[k.name]; b != nil {
+		return b
+	}
+	options := k.options
+	if k.backing {
+		back := filepath.Join(t.TempDir(), "back")
+		if err := os.WriteFile(back, simBacking(k), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		options += ",backing_fmt=raw,backing_file=" + back
+	}
+	file := qemu.Create(t, "qcow2", options, fmt.Sprint(k.size))
+	if len(k.before) > 0 {
+		qemu.IO(t, "qcow2", file, k.before...)
+	}
+	for _, args := range k.after {
+		qemu.Img(t, append(args, file)...)
+	}
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if k.device > 0 {
+		dev := make([]byte, k.device)
+		for i := range dev {
+			dev[i] = 0xe5 // whatever was there before
+		}
+		copy(dev, b)
+		b = dev
+	}
+	simBlanks.m[k.name] = b
+	return b
+}
+
+var simBlanks = struct {
+	sync.Mutex
+	m map[string][]byte
+}{m: map[string][]byte{}}
+
+func newSim(t testing.TB, k *simKind, seed uint64, d defects) *sim {
+	blank := simBlank(t, k)
+	s := &sim{kind: k, seed: seed, defects: d, log: &storagetest.Log{Yield: k.workers > 1}}
+	s.store = s.log.NewStore(blank, storage.Info{NewReadsZero: k.device == 0, FixedSize: k.device > 0})
+	if k.backing {
+		s.backing = simBacking(k)
+	}
+	s.initial = judge(blank, nil, s.backing).guest
+	s.sector = make([][]*simOp, k.size/sim512)
+	return s
+}
+
+// simBacking returns a backing image that is shorter than the disk.
+func simBacking(k *simKind) []byte {
+	b := make([]byte, k.size*3/4/sim512*sim512)
+	simFill(b, 1, 0)
+	return b
+}
+
+func simWord(op int, sector int64) uint64 { return uint64(op)<<32 | uint64(sector) + 1 }
+
+func simFill(p []byte, op int, off int64) {
+	for i := 0; i < len(p); i += 8 {
+		binary.LittleEndian.PutUint64(p[i:], simWord(op, (off+int64(i))/sim512))
+	}
+}
+
+// torn is the value of a sector that no request wrote.
+const torn = ^uint64(0)
+
+// simValue returns which request wrote a sector, 0 if it is zeros. A sector
+// that the image had from the start has its own value.
+func (s *sim) value(p []byte, sector int64) uint64 {
+	w := binary.LittleEndian.Uint64(p)
+	for i := 8; i < sim512; i += 8 {
+		if binary.LittleEndian.Uint64(p[i:]) != w {
+			return torn
+		}
+	}
+	switch {
+	case w == 0:
+		return 0
+	case int64(w&0xffffffff)-1 == sector:
+		return w >> 32
+	case bytes.Equal(p[:sim512], s.initial[sector*sim512:][:sim512]):
+		return initialValue
+	}
+	return torn
+}
+
+const initialValue = 1 << 40
+
+// open opens the image in a store as the sim does.
+func (s *sim) open(store storage.Store) (*Image, error) {
+	opt := image.Options{Refs: simRefs{s.backing}}
+	if s.kind.l2cache != "" {
+		opt.Params = []image.Param{{Key: "l2-cache-size", Value: s.kind.l2cache}}
+	}
+	return open(context.Background(), store, opt, &s.defects)
+}
+
+// simRefs opens the backing image: bytes in memory.
+type simRefs struct{ backing []byte }
+
+func (r simRefs) OpenImage(ctx context.Context, _ image.Reference) (image.Device, error) {
+	return raw.Format().Open(ctx, storagetest.MemOf(r.backing), image.Options{ReadOnly: true})
+}
+
+func (r simRefs) OpenStore(context.Context, image.Reference, bool) (storage.Store, error) {
+	return nil, errors.ErrUnsupported
+}
+
+// begin enters a request in the record.
+func (s *sim) begin(kind byte, off, n int64) *simOp {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	o := &simOp{id: len(s.ops) + 2, kind: kind, off: off, n: n, end: never}
+	s.ops = append(s.ops, o)
+	o.start = s.log.Note(o)
+	for i := off / sim512; i < (off+n)/sim512; i++ {
+		s.sector[i] = append(s.sector[i], o)
+	}
+	return o
+}
+
+func (s *sim) end(o *simOp, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	at := s.log.Note(o)
+	if err == nil {
+		o.end = at
+	} else {
+		s.failed++
+	}
+}
+
+// run carries out the workload, and leaves the image as it is after a last
+// flush, without closing it.
+func (s *sim) run() error {
+	im, err := s.open(s.store)
+	if err != nil {
+		return err
+	}
+	var wg sync.WaitGroup
+	for w := range s.kind.workers {
+		wg.Go(func() {
+			r := rand.New(rand.NewPCG(s.seed, uint64(w)))
+			for range s.kind.ops / s.kind.workers {
+				s.request(im, r)
+			}
+		})
+	}
+	wg.Wait()
+	o := s.begin('f', 0, 0)
+	s.end(o, im.Flush())
+	im.writer.commit.stop()
+	im.mapping.close()
+	return nil
+}
+
+func (s *sim) request(im *Image, r *rand.Rand) {
+	cs := im.geo.clusterSize
+	unit := max(cs, 2048)
+	limit := s.kind.size
+	if r.IntN(4) > 0 {
+		limit = s.kind.hot
+	}
+	at := func(n int64) (int64, int64) {
+		off := r.Int64N(limit/sim512) * sim512
+		return off, min(n, s.kind.size-off)
+	}
+	sectors := func(max int64) int64 { return (r.Int64N(max/sim512) + 1) * sim512 }
+	switch k := r.IntN(100); {
+	case k < 55:
+		off, n := at(sectors(3 * unit))
+		if r.IntN(3) == 0 {
+			n = min(cs*(1+r.Int64N(3)), s.kind.size-off)
+		}
+		if r.IntN(3) == 0 {
+			off = off / cs * cs
+		}
+		b := make([]byte, n)
+		o := s.begin('w', off, n)
+		simFill(b, o.id, off)
+		s.end(o, im.WriteAt(b, off, 0))
+	case k < 66:
+		off, n := at(sectors(2 * unit))
+		o := s.begin('z', off, n)
+		s.end(o, im.WriteZeroes(off, n, image.WriteFlags(r.IntN(2))*image.MayUnmap))
+	case k < 78:
+		off := r.Int64N(max(limit/cs, 1)) * cs
+		n := min(cs*(1+r.Int64N(4)), s.kind.size-off)
+		o := s.begin('d', off, n)
+		s.end(o, im.Discard(off, n))
+	case k < 92:
+		off, n := at(sectors(3 * unit))
+		b := make([]byte, n)
+		start := s.log.Len()
+		if _, err := im.ReadAt(b, off); err != nil {
+			s.mu.Lock()
+			s.failed++
+			s.mu.Unlock()
+			return
+		}
+		end := s.log.Len()
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		for i := int64(0); i < n; i += sim512 {
+			sec := (off + i) / sim512
+			s.reads = append(s.reads, simRead{sec, s.value(b[i:], sec), start, end})
+		}
+	default:
+		o := s.begin('f', 0, 0)
+		s.end(o, im.Flush())
+	}
+}
+
+// legal reports whether a sector may hold a value at position p of the record,
+// if all that was answered before position floor counts as done.
+func (s *sim) legal(sector int64, value uint64, floor, p int) bool {
+	if value == torn {
+		return false
+	}
+	last := -1
+	for _, o := range s.sector[sector] {
+		if o.end < floor && o.start > last && o.kind != 'd' {
+			last = o.start
+		}
+	}
+	// A discard leaves what was there or zeros, so it replaces nothing.
+	if last < 0 && value == s.value(s.initial[sector*sim512:], sector) {
+		return true
+	}
+	for _, o := range s.sector[sector] {
+		if o.start < p && o.end >= last {
+			v := uint64(0)
+			if o.kind == 'w' {
+				v = uint64(o.id)
+			}
+			if v == value {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// illegal says what is wrong with the contents of the disk, "" if nothing is.
+func (s *sim) illegal(guest []byte, floor, p int) string {
+	for sec := range int64(len(guest)) / sim512 {
+		if v := s.value(guest[sec*sim512:], sec); !s.legal(sec, v, floor, p) {
+			return fmt.Sprintf("guest sector %d holds %d (%x) at %d, floor %d", sec, int64(v), guest[sec*sim512:][:8], p, floor)
+		}
+	}
+	return ""
+}
+
+// floor returns the position before which everything that was answered has to
+// have survived a power cut at p.
+func (s *sim) floor(p int) int {
+	f := 0
+	for _, o := range s.ops {
+		if o.kind == 'f' && o.end < p && o.start > f {
+			f = o.start
+		}
+	}
+	return f
+}
+
+// A simTally counts what was looked at.
+type simTally struct {
+	cuts, reads, leaky, judged int
+}
+
+// verify looks at a share of the crash points, and returns what is wrong with
+// the first that is.
+func (s *sim) verify(points int, tally *simTally) error {
+	r := rand.New(rand.NewPCG(s.seed, 99))
+	for _, o := range s.reads {
+		tally.reads++
+		if !s.legal(o.sector, o.value, o.start, o.end+1) {
+			return fmt.Errorf("a read between %d and %d found %d in sector %d", o.start, o.end, int64(o.value), o.sector)
+		}
+	}
+	events := s.log.Events()
+	disk := s.log.NewDisk(r)
+	each := max(float64(len(events))/float64(points), 0.5)
+	next := 0.0
+	for i := 0; i <= len(events); i++ {
+		if i > 0 {
+			disk.Step(events[i-1])
+		}
+		for ; next <= float64(i); next += each {
+			img := disk.Crash()[0]
+			tally.cuts++
+			v := judge(img, nil, s.backing)
+			if len(v.corrupt) > 0 {
+				return fmt.Errorf("power cut at %d of %d: %s", i, len(events), v.corrupt[0])
+			}
+			if w := s.illegal(v.guest, s.floor(i), i); w != "" {
+				return fmt.Errorf("power cut: %s", w)
+			}
+			if v.leaks > 0 {
+				tally.leaky++
+			}
+		}
+	}
+	return nil
+}
+
+// judgeByQEMU lets qemu-img look at what the store holds at the end.
+func (s *sim) judgeByQEMU(t testing.TB, tally *simTally) {
+	img := s.store.Bytes()
+	file := filepath.Join(t.TempDir(), "crash.qcow2")
+	if err := os.WriteFile(file, img, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command(qemu.Require(t, "qemu-img"), "check", "-f", "qcow2", file).CombinedOutput()
+	var exit *exec.ExitError
+	if err != nil && !(errors.As(err, &exit) && exit.ExitCode() == 3) { // 3: leaks
+		t.Errorf("qemu-img check: %v\n%s", err, out)
+	}
+	tally.judged++
+}
