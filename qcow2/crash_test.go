@@ -1,8 +1,14 @@
 package qcow2
 
 import (
+	"errors"
 	"fmt"
+	"math/rand/v2"
+	"reflect"
 	"testing"
+	"unsafe"
+
+	"github.com/imgnbd/imgnbd/storage/storagetest"
 )
 
 // simKinds are the images and workloads of the simulator.
@@ -39,6 +45,97 @@ func TestCrash(t *testing.T) {
 				s.judgeByQEMU(t, &tally)
 			}
 			t.Log(fmt.Sprintf("%+v", tally))
+		})
+	}
+}
+
+// faultKind is a kind of image in which errors are injected. Every other one
+// makes tables and refcount blocks all the time.
+func faultKind(seed uint64) *simKind {
+	k := simKinds[seed/2%uint64(len(simKinds))]
+	k.workers, k.ops = 1+int(seed%3), 80
+	if seed%2 == 0 {
+		k = simKind{name: "small blocks", options: "cluster_size=512,refcount_bits=64", size: 512 << 10, hot: 512 << 10, workers: 2, ops: 60}
+	}
+	return &k
+}
+
+// faulty makes a few operations of s fail: syncs, pointers, small writes, any.
+func (s *sim) faulty() {
+	r := rand.New(rand.NewPCG(s.seed, 7))
+	what := r.IntN(4)
+	at, n := r.IntN([]int{12, 20, 100, 250}[what]), 1+r.IntN([]int{1, 3, 3, 3}[what])
+	seen := 0
+	s.log.Fail = func(e storagetest.Event) error {
+		switch {
+		case (what == 0) != (e.Kind == storagetest.EventSyncEnd),
+			what == 1 && len(e.Data) >= 64,
+			what == 2 && len(e.Data) > 512:
+			return nil
+		}
+		if seen++; seen > at && seen <= at+n {
+			return errInjected
+		}
+		return nil
+	}
+}
+
+var errInjected = errors.New("injected")
+
+func TestCrashAfterFaults(t *testing.T) {
+	var tally simTally
+	failed := 0
+	for seed := range uint64(44) {
+		s := newSim(t, faultKind(seed), seed, defects{})
+		s.faulty()
+		if err := s.run(); err != nil {
+			t.Fatal(err)
+		}
+		if s.failed > 0 {
+			failed++
+		}
+		if err := s.verify(60, &tally); err != nil {
+			t.Fatalf("seed %d, %s: %v", seed, s.kind.name, err)
+		}
+	}
+	t.Logf("%+v; requests failed in %d runs", tally, failed)
+	if failed == 0 {
+		t.Error("no request failed")
+	}
+}
+
+// The simulator is worth as much as what it finds: with any rule switched off
+// it has to.
+func TestCrashFindsDefects(t *testing.T) {
+	all := reflect.TypeFor[defects]()
+	for i := range all.NumField() {
+		f := all.Field(i)
+		switch f.Name {
+		case "noJournal", "listLate", "journalLate", "journalEarly", "replayLowers":
+			continue // no part of a power cut
+		}
+		t.Run(f.Name, func(t *testing.T) {
+			var d defects
+			*(*bool)(unsafe.Add(unsafe.Pointer(&d), f.Offset)) = true
+			for seed := range uint64(300) {
+				kind, faults := &simKinds[seed%uint64(len(simKinds))], false
+				switch f.Name {
+				case "tablesAnew", "noRetrySync", "forgetFailedSync":
+					kind, faults = faultKind(seed), true
+				}
+				s := newSim(t, kind, seed, d)
+				if faults {
+					s.faulty()
+				}
+				if err := s.run(); err != nil {
+					t.Fatal(err)
+				}
+				if err := s.verify(250, new(simTally)); err != nil {
+					t.Logf("found after %d runs: %v", seed+1, err)
+					return
+				}
+			}
+			t.Error("not found")
 		})
 	}
 }

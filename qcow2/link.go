@@ -232,7 +232,7 @@ func (c *changes) set(s *slice, i int, e l2Entry, b l2Bitmap) {
 			c.crowded()
 		}
 	}
-	if c.defects.listLate {
+	if s.ndirty == 0 && c.defects.listLate {
 		c.list(s)
 	}
 	if s.dirty[i/64]&(1<<(i%64)) == 0 {

@@ -21,9 +21,10 @@ const (
 // sector. It belongs to the committer: it has no lock, and its methods are
 // called by one goroutine at a time.
 type refcounts struct {
-	store storage.Store
-	g     *geometry
-	end   int64 // clusters that the store can hold
+	store   storage.Store
+	g       *geometry
+	end     int64 // clusters that the store can hold
+	defects *defects
 
 	tableAt int64           // host offset of the table in the store
 	table   []refTableEntry // the table as it will be when what is made is linked
@@ -57,8 +58,8 @@ type grownTable struct {
 
 // openRefcounts reads the refcount table. end is how many clusters the store
 // can ever hold.
-func openRefcounts(store storage.Store, g *geometry, at, clusters, end int64) (*refcounts, error) {
-	r := &refcounts{store: store, g: g, end: end, tableAt: at, sectors: map[int64]*countSector{}, blank: map[int64]bool{}}
+func openRefcounts(store storage.Store, g *geometry, at, clusters, end int64, d *defects) (*refcounts, error) {
+	r := &refcounts{store: store, g: g, end: end, defects: d, tableAt: at, sectors: map[int64]*countSector{}, blank: map[int64]bool{}}
 	b := make([]byte, clusters<<g.clusterBits)
 	if err := readZeroPadded(store, b, at); err != nil {
 		return nil, fmt.Errorf("refcount table at %#x: %w", at, err)
@@ -378,7 +379,7 @@ func (r *refcounts) link(b *countBatch, sync func() error) error {
 			return err
 		}
 	}
-	if r.retry && !b.empty() {
+	if r.retry && !b.empty() && !r.defects.noRetrySync {
 		if err := sync(); err != nil {
 			return err
 		}

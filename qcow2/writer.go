@@ -52,7 +52,7 @@ func newWriter(d *disk, h *header, opt *image.Options, defects *defects) (*write
 	if info.FixedSize {
 		end = size >> g.clusterBits
 	}
-	refs, err := openRefcounts(d.store, g, int64(h.refTableOffset), int64(h.refTableClusters), end)
+	refs, err := openRefcounts(d.store, g, int64(h.refTableOffset), int64(h.refTableClusters), end, defects)
 	if err != nil {
 		return nil, err
 	}

@@ -193,7 +193,8 @@ func (r *Recorder) write(p []byte, off int64) error {
 	var err error
 	if l.Fail != nil {
 		if err = l.Fail(e); err != nil {
-			e.Data = e.Data[:len(p)/2&^(SectorSize-1)]
+			// None of it, the first half or all may have been done.
+			e.Data = e.Data[:[]int{0, len(p) / 2 &^ (SectorSize - 1), len(p)}[rand.IntN(3)]]
 		}
 	}
 	if len(e.Data) > 0 {
