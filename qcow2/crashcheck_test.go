@@ -16,10 +16,10 @@ type crashVerdict struct {
 	guest   []byte // what the disk reads as
 }
 
-// judge walks an image as a program would that finds it after a crash. data is
+// crashJudge walks an image as a program would that finds it after a crash. data is
 // the external data file, backing what the disk reads as where the image has
 // nothing.
-func judge(img, data, backing []byte) (v crashVerdict) {
+func crashJudge(img, data, backing []byte) (v crashVerdict) {
 	bad := func(f string, a ...any) { v.corrupt = append(v.corrupt, fmt.Sprintf(f, a...)) }
 	u64 := func(off uint64) uint64 {
 		if off+8 > uint64(len(img)) {

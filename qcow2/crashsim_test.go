@@ -128,7 +128,7 @@ func newSim(t testing.TB, k *simKind, seed uint64, d defects) *sim {
 	if k.backing {
 		s.backing = simBacking(k)
 	}
-	s.initial = judge(blank, nil, s.backing).guest
+	s.initial = crashJudge(blank, nil, s.backing).guest
 	s.sector = make([][]*simOp, k.size/sim512)
 	return s
 }
@@ -376,7 +376,7 @@ func (s *sim) verify(points int, tally *simTally) error {
 		for ; next <= float64(i); next += each {
 			img := disk.Crash()[0]
 			tally.cuts++
-			v := judge(img, nil, s.backing)
+			v := crashJudge(img, nil, s.backing)
 			if len(v.corrupt) > 0 {
 				return fmt.Errorf("power cut at %d of %d: %s", i, len(events), v.corrupt[0])
 			}
