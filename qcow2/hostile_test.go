@@ -226,13 +226,6 @@ func TestHostileHeaders(t *testing.T) {
 	}
 }
 
-func TestWritableIsRefused(t *testing.T) {
-	_, err := Open(context.Background(), storagetest.MemOf(build(16, 1<<20).bytes()), image.Options{})
-	if !errors.Is(err, errors.ErrUnsupported) {
-		t.Errorf("got %v", err)
-	}
-}
-
 func TestOptions(t *testing.T) {
 	for _, tt := range []struct {
 		params []image.Param

@@ -1,16 +1,19 @@
 package qcow2
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/image/imagetest"
 	"github.com/imgnbd/imgnbd/internal/test/qemu"
+	"github.com/imgnbd/imgnbd/storage/storagetest"
 )
 
 // A writeRecipe makes an image to be written to. options are of qemu-img
@@ -132,6 +135,31 @@ func TestWriteRandom(t *testing.T) {
 	for i, r := range writeRecipes {
 		t.Run(r.name, func(t *testing.T) {
 			imagetest.Random(t, r.target(), uint64(i), imagetest.RandomOptions{Steps: 120, Cluster: 4096})
+		})
+	}
+}
+
+// What cannot be written safely is refused when it is opened, by name.
+func TestWriteRefused(t *testing.T) {
+	for _, tt := range []struct {
+		name, want string
+		edit       func(*header)
+	}{
+		{"dirty", "was not closed properly", func(h *header) { h.incompatible |= incompatDirty }},
+		{"corrupt", "Image is corrupt; cannot be opened read/write", func(h *header) { h.incompatible |= incompatCorrupt }},
+		{"subclusters", "subclusters (extended_l2)", func(h *header) { h.incompatible |= incompatExtendedL2 }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			x := build(16, 1<<20)
+			tt.edit(x.h)
+			store := storagetest.MemOf(x.bytes())
+			before := store.Bytes()
+			if _, err := Open(context.Background(), store, image.Options{}); err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("got %v, want %q", err, tt.want)
+			}
+			if !bytes.Equal(store.Bytes(), before) {
+				t.Error("the image was changed")
+			}
 		})
 	}
 }
