@@ -42,11 +42,15 @@ run: build ## build it and export IMAGE=file on PORT=10809 of this machine, with
 
 .PHONY: test
 test: judges ## install what the tests need (Debian, Ubuntu) and run them all; a skip is a failure
-	$(GO) run ./internal/test/strict -skips .ci/skips -timeout 20m $(PKG)
+	$(GO) run ./internal/test/strict -skips .ci/skips -- -timeout 20m $(PKG)
 
 .PHONY: race
 race: judges ## the tests under the race detector
-	$(GO) run ./internal/test/strict -skips .ci/skips -race -timeout 30m $(PKG)
+	$(GO) run ./internal/test/strict -skips .ci/skips -- -race -timeout 30m $(PKG)
+
+.PHONY: interop
+interop: judges ## only our server with others' clients, and our client with others' servers
+	$(GO) run ./internal/test/strict -- -count=1 ./internal/test/interop ./internal/nbd ./cmd/imgnbd
 
 .PHONY: judges
 judges:
@@ -70,6 +74,10 @@ cover: ## which lines the tests reach, as coverage.html
 	$(GO) test -coverprofile coverage.out -coverpkg ./... $(PKG)
 	$(GO) tool cover -html coverage.out -o coverage.html
 	@$(GO) tool cover -func coverage.out | tail -n 1
+
+.PHONY: man
+man: ## the manual page, to read
+	@man -l docs/man/imgnbd.1
 
 .PHONY: release
 release: ## build/: the program for each system, reproducible, with checksums

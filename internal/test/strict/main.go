@@ -1,7 +1,7 @@
 // Command strict is go test for a machine that has everything: a test that
 // skips fails the run, and the last line counts.
 //
-//	go run ./internal/test/strict [-skips file] [arguments of go test]
+//	go run ./internal/test/strict [-skips file] [--] [arguments of go test]
 //
 // Tests see CI=1, so that a missing tool fails where it is missed. What may
 // skip nevertheless is listed in a file, a line each: a regular expression for
