@@ -1,6 +1,7 @@
 package main
 
 import (
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -45,6 +46,18 @@ func TestReport(t *testing.T) {
 				t.Errorf("ok = %v, want %v and %q in\n%s", ok, c.ok, c.want, &out)
 			}
 		})
+	}
+}
+
+func TestRoot(t *testing.T) {
+	for _, root := range []bool{false, true} {
+		r := newReport(io.Discard, nil)
+		r.root = root
+		r.add(event{Action: "output", Package: "p", Test: "TestA", Output: "a_test.go:1: block devices need root\n"})
+		r.add(event{Action: "skip", Package: "p", Test: "TestA"})
+		if ok := r.end(); ok == root {
+			t.Errorf("root %v: ok = %v", root, ok)
+		}
 	}
 }
 
