@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"net/url"
 	"slices"
 	"strconv"
@@ -125,6 +126,11 @@ func address(network string, p *url.URL, socket string) (string, error) {
 		}
 		if _, err := strconv.ParseUint(host, 10, 32); err != nil {
 			return "", fmt.Errorf("context id %q is no number of 32 bits", host)
+		}
+	}
+	if strings.Contains(host, ":") {
+		if _, err := netip.ParseAddr(host); err != nil {
+			return "", fmt.Errorf("host %q has a colon but is no IPv6 address", host)
 		}
 	}
 	if _, err := strconv.ParseUint(port, 10, bits); err != nil {

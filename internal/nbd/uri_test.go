@@ -64,6 +64,8 @@ func TestURIRefused(t *testing.T) {
 		"nbd://host/#part":                     "fragment",
 		"nbd://host/?socket=/s":                "socket",
 		"nbd://host/?tls-typ=psk":              "tls-typ",
+		"nbd://::":                             "colon",
+		"nbd://a:b:1/":                         "colon",
 		"nbd://a:secret@host/":                 "password",
 		"nbd://host/%00":                       "NUL",
 		"nbd+unix:///x":                        "socket",
