@@ -1,0 +1,118 @@
+//go:build linux
+
+package main
+
+import (
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+)
+
+// images makes images as they are asked for, in a folder in memory and one on
+// disk.
+type images struct {
+	memory, disk string
+	size         int64
+	made         map[string]string
+}
+
+func newImages(size int64, disk string) (*images, error) {
+	i := &images{size: size, made: map[string]string{}}
+	var err error
+	if i.disk, err = os.MkdirTemp(disk, "bench"); err != nil {
+		return nil, err
+	}
+	if i.memory, err = os.MkdirTemp("/dev/shm", "bench"); err != nil {
+		i.remove()
+		return nil, err
+	}
+	return i, nil
+}
+
+func (i *images) remove() {
+	for _, dir := range []string{i.memory, i.disk} {
+		if dir != "" {
+			os.RemoveAll(dir)
+		}
+	}
+}
+
+// get returns the path of an image that a workload needs, in the page cache.
+func (i *images) get(w workload) (string, error) {
+	dir := i.memory
+	if w.onDisk {
+		dir = i.disk
+	}
+	file := filepath.Join(dir, strings.ReplaceAll(w.kind.name, " ", "-"))
+	if w.kind.fresh {
+		os.Remove(file)
+		args := append([]string{"create", "-q"}, w.kind.create...)
+		return file, qemuImg(append(args, file, fmt.Sprint(i.size))...)
+	}
+	if i.made[file] != "" {
+		return file, nil
+	}
+	if w.kind.convert == nil {
+		if err := i.fill(file); err != nil {
+			return "", err
+		}
+	} else {
+		base, err := i.get(workload{kind: raw})
+		if err != nil {
+			return "", err
+		}
+		args := append([]string{"convert", "-f", "raw"}, w.kind.convert...)
+		if err := qemuImg(append(args, base, file)...); err != nil {
+			return "", err
+		}
+	}
+	i.made[file] = file
+	return file, warm(file)
+}
+
+// fill makes a raw image full of data of which each 64 KiB compress to about
+// half.
+func (i *images) fill(file string) error {
+	f, err := os.Create(file)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	rng := rand.NewChaCha8([32]byte{5})
+	block := make([]byte, 64<<10)
+	for n := int64(0); n < i.size; n += int64(len(block)) {
+		rng.Read(block[:len(block)/2])
+		text := fmt.Appendf(nil, "block at %d; ", n)
+		for rest := block[len(block)/2:]; len(rest) > 0; {
+			rest = rest[copy(rest, text):]
+		}
+		if _, err := f.Write(block); err != nil {
+			return err
+		}
+	}
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+func warm(file string) error {
+	f, err := os.Open(file)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = io.Copy(io.Discard, f)
+	return err
+}
+
+func qemuImg(args ...string) error {
+	if out, err := exec.Command("qemu-img", args...).CombinedOutput(); err != nil {
+		return fmt.Errorf("qemu-img %s: %w\n%s", strings.Join(args, " "), err, out)
+	}
+	return nil
+}
