@@ -69,6 +69,10 @@ lint: ## gofmt, vet, staticcheck, the rules of the house, and that other systems
 fuzz: ## each fuzz target for FUZZTIME=10s
 	.ci/fuzz $(FUZZTIME) $(PKG)
 
+.PHONY: bench
+bench: judges ## speed beside qemu-nbd, nbdkit and nbd-server, 3 minutes; BENCH=-full for all of it
+	$(GO) run ./internal/test/bench $(BENCH)
+
 .PHONY: cover
 cover: ## which lines the tests reach, as coverage.html
 	$(GO) test -coverprofile coverage.out -coverpkg ./... $(PKG)
@@ -92,6 +96,7 @@ release: ## build/: the program for each system, reproducible, with checksums
 .PHONY: nightly
 nightly: lint test race ## everything, in its long form
 	$(MAKE) fuzz FUZZTIME=10m
+	$(MAKE) bench BENCH=-full
 
 .PHONY: clean
 clean: ## remove what was built
