@@ -34,6 +34,7 @@ type committer struct {
 	changes *changes
 	alloc   *allocator
 	refs    *refcounts
+	tables  *tableGuard
 	epochs  *epochs
 	journal *journal // nil: none
 	defects *defects
@@ -395,10 +396,13 @@ func (c *committer) settle(b *batch, err error) {
 		}
 		for _, t := range b.tables {
 			if h := t.old.host(); h != 0 {
-				c.grace = append(c.grace, graceItem{reference{hostRun{h >> c.g.clusterBits, 1}, true}, epoch})
+				r := hostRun{h >> c.g.clusterBits, 1}
+				c.tables.drop(r)
+				c.grace = append(c.grace, graceItem{reference{r, true}, epoch})
 			}
 		}
 		if old.n > 0 {
+			c.tables.drop(old)
 			c.grace = append(c.grace, graceItem{reference{old, false}, epoch})
 		}
 		if c.journal != nil {

@@ -59,6 +59,9 @@ func (w *writer) inPlace(s *slice, off, n int64) (host, length int64, err error)
 		if seg.kind != segmentData || seg.host != host+length {
 			break
 		}
+		if err := w.guard(seg.host); err != nil {
+			return 0, 0, err
+		}
 		at, length = at+seg.length, length+seg.length
 	}
 	return host, length, nil
@@ -88,12 +91,7 @@ func (w *writer) allocate(s *slice, p []byte, off int64) (n int64, o obstacle, e
 	g := w.geo
 	lo := g.sliceIndex(off)
 	hi := min(1<<g.sliceBits, lo+int(g.clusters(g.within(off)+int64(len(p)))))
-	for i := lo + 1; i < hi; i++ {
-		if e, _ := s.entry(i, g.entryWords); g.kind(e) == clusterData && e.copied() {
-			hi = i
-		}
-	}
-	c, o := w.claim(s, lo, hi)
+	c, o := w.claim(s, lo, max(w.elsewhere(s, lo, hi), lo+1))
 	if c == nil {
 		return 0, o, nil
 	}
@@ -103,8 +101,13 @@ func (w *writer) allocate(s *slice, p []byte, off int64) (n int64, o obstacle, e
 			c.abandon()
 		}
 	}()
-	if _, n, err := w.inPlace(s, off, 1); n > 0 || err != nil {
-		return 0, obstacle{kind: changed}, err
+	// Until now the entries could change. Those that were put in place are
+	// being written to by others, and must not be moved.
+	if hi = w.elsewhere(s, lo, c.hi); hi == lo {
+		return 0, obstacle{kind: changed}, nil
+	}
+	if err := w.sound(s, lo, hi); err != nil {
+		return 0, obstacle{}, err
 	}
 	if !w.reserve(hi - lo) {
 		return 0, obstacle{kind: needCommit}, nil
@@ -133,6 +136,17 @@ func (w *writer) allocate(s *slice, p []byte, off int64) (n int64, o obstacle, e
 	c.release()
 	s.mu.Unlock()
 	return n, obstacle{}, nil
+}
+
+// elsewhere returns where the run of entries from lo on ends that cannot be
+// written in place.
+func (w *writer) elsewhere(s *slice, lo, hi int) int {
+	for i := lo; i < hi; i++ {
+		if e, _ := s.entry(i, w.geo.entryWords); w.geo.kind(e) == clusterData && e.copied() {
+			return i
+		}
+	}
+	return hi
 }
 
 // room returns host clusters for entries of s from lo on: those they have, in

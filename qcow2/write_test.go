@@ -3,6 +3,8 @@ package qcow2
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -161,5 +163,56 @@ func TestWriteRefused(t *testing.T) {
 				t.Error("the image was changed")
 			}
 		})
+	}
+}
+
+// An entry that points to a table is not followed, neither to write there nor
+// to free it, and the image is marked.
+func TestWriteGuardsTables(t *testing.T) {
+	for _, target := range []string{"L1 table", "refcount block", "L2 table"} {
+		for _, op := range []string{"write", "discard"} {
+			t.Run(op+" "+target, func(t *testing.T) {
+				s := memImage(t, "cluster_size=4k", "1M", 0)
+				im := openMem(t, s)
+				if err := im.WriteAt(make([]byte, 8192), 0, 0); err != nil {
+					t.Fatal(err)
+				}
+				table := im.writer.changes.tableHost(0)
+				if err := im.Close(); err != nil {
+					t.Fatal(err)
+				}
+				h, err := parseHeader(s.Bytes()[:4096])
+				if err != nil {
+					t.Fatal(err)
+				}
+				b := s.Bytes()
+				host := map[string]uint64{
+					"refcount block": binary.BigEndian.Uint64(b[h.refTableOffset:]), "L2 table": uint64(table),
+				}[target]
+				if target == "L1 table" {
+					host = h.l1Offset
+				}
+				binary.BigEndian.PutUint64(b[table:], host|flagCopied)
+				mem := storagetest.MemOf(b)
+				if im, err = Open(context.Background(), mem, image.Options{}); err != nil {
+					t.Fatal(err)
+				}
+				if op == "write" {
+					err = im.WriteAt(make([]byte, 512), 0, 0)
+				} else {
+					err = im.Discard(0, 4096)
+				}
+				if !errors.Is(err, image.ErrCorrupt) {
+					t.Errorf("got %v", err)
+				}
+				if err := im.Flush(); err == nil {
+					t.Error("flushed")
+				}
+				_ = im.Close()
+				if h, err := parseHeader(mem.Bytes()[:4096]); err != nil || h.incompatible&incompatCorrupt == 0 {
+					t.Errorf("the image is not marked as corrupt: %v", err)
+				}
+			})
+		}
 	}
 }

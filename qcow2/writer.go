@@ -29,6 +29,7 @@ type writer struct {
 	journal *journal // nil: none
 	defects *defects
 
+	tables    *tableGuard
 	stale     autoclear    // bits that must not be set once the disk has changed
 	clearOnce sync.Mutex   // guards the clearing of them
 	cleared   atomic.Bool  // they are off, durably
@@ -70,8 +71,10 @@ func newWriter(d *disk, h *header, opt *image.Options, defects *defects) (*write
 	w := &writer{disk: d, defects: defects, busyLimit: d.mapping.cache.capacity() * 7 / 8}
 	w.alloc = newAllocator(tail, refs.covered(tail), fresh)
 	w.changes = newChanges(d.mapping, w.alloc, defects)
+	w.tables = newTableGuard(h, g, refs, d.mapping)
 	w.commit = &committer{
-		store: d.store, g: g, changes: w.changes, alloc: w.alloc, refs: refs, epochs: d.epochs, defects: defects,
+		tables: w.tables,
+		store:  d.store, g: g, changes: w.changes, alloc: w.alloc, refs: refs, epochs: d.epochs, defects: defects,
 		discard: info.Discard,
 	}
 	w.changes.crowded = func() { w.commit.ask() }

@@ -156,14 +156,13 @@ func (w *writer) changeClusters(off, n int64, f func(l2Entry, l2Bitmap) (l2Entry
 		return 0, o, nil
 	}
 	// Nobody else changes these entries now.
+	if err := w.sound(s, lo, hi); err != nil {
+		c.abandon()
+		return 0, obstacle{}, err
+	}
 	differ := false
 	for i := lo; i < hi; i++ {
 		e, b := s.entry(i, g.entryWords)
-		seg := segment{guest: off + int64(i-lo)<<g.clusterBits, length: g.clusterSize}
-		if err := w.mapping.describe(&seg, e, b); err != nil {
-			c.abandon()
-			return 0, obstacle{}, err
-		}
 		e2, b2 := f(e, b)
 		differ = differ || e2 != e || b2 != b
 	}
