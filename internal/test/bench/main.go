@@ -18,6 +18,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -116,26 +117,31 @@ func run(ctx context.Context, args []string) error {
 		return err
 	}
 	var findings []finding
+	var failed error // the rest is measured all the same
 	for _, w := range workloads {
 		if !match.MatchString(w.name) || !w.quick && !o.full && o.match == "" {
 			continue
 		}
 		f, err := measure(ctx, o, w, servers, img)
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
 		if err != nil {
-			return fmt.Errorf("%s: %w", w.name, err)
+			failed = errors.Join(failed, fmt.Errorf("%s: %w", w.name, err))
+			continue
 		}
 		f.print(os.Stdout, w.load.Block >= 64*k)
 		findings = append(findings, f)
 	}
 	summary(os.Stdout, findings)
-	if o.json == "" {
-		return nil
+	if o.json != "" {
+		b, err := json.MarshalIndent(findings, "", "  ")
+		if err == nil {
+			err = os.WriteFile(o.json, append(b, '\n'), 0o644)
+		}
+		failed = errors.Join(failed, err)
 	}
-	b, err := json.MarshalIndent(findings, "", "  ")
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(o.json, append(b, '\n'), 0o644)
+	return failed
 }
 
 // choose lists the servers to measure: ours, and the peers that are installed.

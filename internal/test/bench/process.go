@@ -47,8 +47,8 @@ func start(ctx context.Context, s server, dir, transport, format, image string) 
 		}
 	}
 	fill := strings.NewReplacer("{socket}", socket, "{pid}", pid, "{config}", config, "{port}", port, "{format}", format, "{image}", image)
-	if s.config != "" {
-		if err := os.WriteFile(config, []byte(fill.Replace(s.config)), 0o600); err != nil {
+	if s.config != nil {
+		if err := os.WriteFile(config, []byte(fill.Replace(s.config(transport))), 0o600); err != nil {
 			return nil, err
 		}
 	}

@@ -9,12 +9,12 @@ import "github.com/imgnbd/imgnbd/internal/test/load"
 // writable, to any number of clients, as the export "disk".
 type server struct {
 	name    string
-	unix    []string // "" if it cannot
-	tcp     []string
-	formats []string // that it serves
-	daemon  bool     // leaves itself behind, with its process id in {pid}
-	config  string   // goes to a file, which is {config}
-	ours    bool     // not a peer
+	unix    []string
+	tcp     []string                      // nil if it cannot
+	formats []string                      // that it serves
+	daemon  bool                          // leaves itself behind, with its process id in {pid}
+	config  func(transport string) string // of a file, which is {config}
+	ours    bool                          // not a peer
 }
 
 var both = []string{"raw", "qcow2"}
@@ -45,11 +45,19 @@ var peers = []server{
 	},
 	{
 		name: "nbd-server", formats: []string{"raw"}, daemon: true,
-		unix: []string{"nbd-server", "-C", "{config}", "-p", "{pid}"},
-		tcp:  []string{"nbd-server", "-C", "{config}", "-p", "{pid}"},
-		config: "[generic]\nlistenaddr = 127.0.0.1\nport = {port}\nunixsock = {socket}\n" +
-			"[disk]\nexportname = {image}\nflush = true\nfua = true\ntrim = true\n",
+		unix:   []string{"nbd-server", "-C", "{config}", "-p", "{pid}"},
+		tcp:    []string{"nbd-server", "-C", "{config}", "-p", "{pid}"},
+		config: nbdServer,
 	},
+}
+
+// nbdServer is a configuration. With a Unix socket there is no TCP port.
+func nbdServer(transport string) string {
+	listen := "unixsock = {socket}\n"
+	if transport == tcp {
+		listen = "listenaddr = 127.0.0.1\nport = {port}\n"
+	}
+	return "[generic]\n" + listen + "[disk]\nexportname = {image}\nflush = true\nfua = true\ntrim = true\n"
 }
 
 // A kind is a kind of image.

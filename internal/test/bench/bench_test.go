@@ -1,0 +1,141 @@
+//go:build linux
+
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/imgnbd/imgnbd/internal/test/load"
+	"github.com/imgnbd/imgnbd/internal/test/qemu"
+)
+
+// A short run of every server here: there are figures of each, and neither a
+// process nor a file is left.
+func TestRun(t *testing.T) {
+	qemu.Require(t, "qemu-nbd", "nbdkit", "nbd-server", "qemu-img")
+	dir := t.TempDir()
+	out := filepath.Join(dir, "figures.json")
+	before := descendants(os.Getpid())
+	shm, _ := os.ReadDir("/dev/shm")
+	err := run(t.Context(), []string{
+		"-imgnbd", "none", "-repeats", "2", "-time", "20ms", "-size", "64", "-disk", dir, "-json", out,
+		"-server", "mine=nbdkit -f -U {socket} file {image}",
+		"-run", `^(raw read 1M qd16(, tcp)?|raw rand write 4k qd32|new raw write 64k qd16|qcow2 rand read 4k qd1)$`,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var findings []finding
+	if err := json.Unmarshal(text, &findings); err != nil {
+		t.Fatal(err)
+	}
+	if len(findings) != 5 {
+		t.Errorf("%d workloads, want 5", len(findings))
+	}
+	for _, f := range findings {
+		want := 5
+		switch {
+		case strings.HasPrefix(f.Workload, "qcow2"):
+			want = 2 // both qemu-nbd
+		case strings.HasSuffix(f.Workload, "tcp"):
+			want = 4 // a server that is given has no command for TCP
+		}
+		if len(f.Rows) != want {
+			t.Errorf("%s: %d servers, want %d", f.Workload, len(f.Rows), want)
+		}
+		for _, r := range f.Rows {
+			if r.Rate <= 0 || len(r.Samples) != 2 {
+				t.Errorf("%s: %+v", f.Workload, r)
+			}
+		}
+	}
+	if after := descendants(os.Getpid()); len(after) != len(before) {
+		t.Errorf("processes %v are left, before there were %v", after, before)
+	}
+	left, _ := os.ReadDir(dir)
+	if len(left) != 1 {
+		t.Errorf("%v are left", left)
+	}
+	was := map[string]bool{}
+	for _, e := range shm {
+		was[e.Name()] = true
+	}
+	left, _ = os.ReadDir("/dev/shm")
+	for _, e := range left {
+		if strings.HasPrefix(e.Name(), "bench") && !was[e.Name()] {
+			t.Errorf("/dev/shm/%s is left", e.Name())
+		}
+	}
+}
+
+// A server that does not start, or that fails requests, is an error.
+func TestFailures(t *testing.T) {
+	qemu.Require(t, "nbdkit")
+	for command, why := range map[string]string{
+		"nbdkit -f -U {socket} file {image}.missing":                                  "mine: ended at once",
+		"nbdkit -f -U {socket} --filter=error file {image} error=EIO error-rate=100%": "input/output error",
+		"nbdkit -f -U {socket} -r file {image}":                                       "read-only",
+	} {
+		err := run(t.Context(), []string{"-imgnbd", "none", "-servers", "mine", "-repeats", "1", "-time", "20ms", "-size", "64", "-disk", t.TempDir(),
+			"-server", "mine=" + command, "-run", "^raw rand 70/30"})
+		if err == nil || !strings.Contains(err.Error(), why) {
+			t.Errorf("%s: %v; want it to speak of %q", command, err, why)
+		}
+	}
+}
+
+func TestRatio(t *testing.T) {
+	rates := func(s server, v ...float64) row {
+		var samples []sample
+		for _, r := range v {
+			samples = append(samples, sample{load.Result{Ops: 100, Bytes: 1 << 20, Rate: r}, 2e-4})
+		}
+		return newRow(s, samples)
+	}
+	f := newFinding(workload{name: "w"}, []row{
+		rates(server{name: "ours", ours: true}, 20, 90, 40),
+		rates(server{name: "old", ours: true}, 10, 30, 20),
+		rates(server{name: "slow"}, 500, 1, 1), // once fast is not best
+		rates(server{name: "best"}, 10, 30, 10),
+	})
+	if want := (ratio{To: "best", Median: 3, Least: 2, Most: 4, CPU: 1}); f.Peer == nil || *f.Peer != want {
+		t.Errorf("to the peer %+v, want %+v", f.Peer, want)
+	}
+	if want := (ratio{To: "old", Median: 2, Least: 2, Most: 3, CPU: 1}); f.Base == nil || *f.Base != want {
+		t.Errorf("to the other build %+v, want %+v", f.Base, want)
+	}
+	if r := f.Rows[0]; r.CPUop != 2 {
+		t.Errorf("%v us an operation, want 2", r.CPUop)
+	}
+}
+
+// The quick form is eight workloads on raw images; names are told apart.
+func TestTable(t *testing.T) {
+	quick, names := 0, map[string]bool{}
+	for _, w := range workloads {
+		if w.quick {
+			quick++
+			if w.kind.format != "raw" {
+				t.Errorf("%s is quick", w.name)
+			}
+		}
+		if names[w.name] {
+			t.Errorf("%s is there twice", w.name)
+		}
+		names[w.name] = true
+		if strings.HasSuffix(w.name, "tcp") != (w.transport == tcp) {
+			t.Errorf("%s goes over %s", w.name, w.transport)
+		}
+	}
+	if quick != 8 {
+		t.Errorf("%d quick workloads", quick)
+	}
+}
