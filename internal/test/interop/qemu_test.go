@@ -119,24 +119,43 @@ func TestList(t *testing.T) {
 
 // fio writes, verifies while it writes, and verifies at the end.
 func TestFio(t *testing.T) {
-	fio := qemu.Require(t, "fio")
 	for transport := range transports {
 		t.Run(transport, func(t *testing.T) {
-			file := create(t, filepath.Join(t.TempDir(), "disk.raw"), size)
-			s := serve(t, transport, "-f", "raw", file)
-			t.Chdir(t.TempDir()) // where fio leaves its state
-			for _, job := range [][]string{
-				{"--rw=randwrite", "--bs=4k", "--iodepth=32"},
-				{"--rw=randrw", "--bsrange=512-128k", "--iodepth=16"},
-				{"--rw=write", "--bs=1M", "--iodepth=4", "--fsync=4"},
+			s := serve(t, transport, "-f", "raw", create(t, filepath.Join(t.TempDir(), "disk.raw"), size))
+			for _, job := range []string{
+				"--rw=randwrite --bs=4k --iodepth=32",
+				"--rw=randrw --bsrange=512-128k --iodepth=16",
+				"--rw=write --bs=1M --iodepth=4 --fsync=4",
+				"--rw=randtrimwrite --bs=4k --iodepth=8",
 			} {
-				out := qemu.Run(t, fio, append(job, "--name=job", "--ioengine=nbd", "--uri="+s.uri, fmt.Sprintf("--size=%d", size),
-					"--verify=crc32c", "--verify_backlog=64", "--randrepeat=1", "--minimal")...)
-				if out == "" {
-					t.Error("fio prints nothing")
-				}
+				fio(t, s.uri, job)
 			}
 		})
+	}
+}
+
+// The same however the image is opened.
+func TestFioModes(t *testing.T) {
+	for _, mode := range []string{
+		"--cache=none", "--cache=none --aio=native", "--cache=writethrough", "--cache=directsync", "--cache=unsafe",
+		"--discard=unmap --detect-zeroes=unmap", "--detect-zeroes=on", "--offset=512", "--offset=12345",
+	} {
+		t.Run(mode, func(t *testing.T) {
+			file := create(t, filepath.Join(t.TempDir(), "disk.raw"), size+1<<20)
+			s := serve(t, "unix", append(strings.Fields(mode), "-f", "raw", file)...)
+			fio(t, s.uri, "--rw=randrw --bsrange=512-64k --iodepth=16")
+		})
+	}
+}
+
+func fio(t *testing.T, uri, job string) {
+	t.Helper()
+	tool := qemu.Require(t, "fio")
+	args := append(strings.Fields(job), "--name=job", "--ioengine=nbd", "--uri="+uri, fmt.Sprintf("--size=%d", size),
+		"--verify=crc32c", "--verify_backlog=64", "--verify_state_save=0", "--randrepeat=1")
+	t.Chdir(t.TempDir()) // where it may leave files
+	if out := qemu.Run(t, tool, args...); !strings.Contains(out, "err= 0") {
+		t.Errorf("fio %s:\n%s", job, out)
 	}
 }
 
