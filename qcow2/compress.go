@@ -9,7 +9,6 @@ import (
 	"runtime"
 	"sync"
 
-	"github.com/klauspost/compress/flate"
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/imgnbd/imgnbd/storage"
@@ -34,7 +33,8 @@ type decoder struct {
 	mu   sync.Mutex
 	kept map[l2Entry]*decoded
 	last *decoded // ring of kept, the next one is the most recently used
-	max  int
+	free [][]byte // clusters to be filled again
+	max  int      // of kept, and of free
 }
 
 // A decoded is a compressed cluster in plain, or on its way there. The entry
@@ -50,12 +50,11 @@ type decoded struct {
 
 // A workspace is what decoding needs besides source and destination.
 type workspace struct {
-	src   []byte
-	r     bytes.Reader
-	flate io.ReadCloser
-	block *zstd.Decoder // for whole frames
-	// stream is for what block refuses: a frame that has more than is wanted.
-	stream *zstd.Decoder
+	src     []byte
+	inflate inflater
+	block   *zstd.Decoder // for whole frames
+	stream  *zstd.Decoder // for what block refuses: a frame that has more than is wanted
+	r       bytes.Reader
 }
 
 func newDecoder(g *geometry, method compression, store storage.Store) *decoder {
@@ -80,8 +79,10 @@ func (d *decoder) readAt(p []byte, e l2Entry, within int64) error {
 	}
 	defer d.release(c)
 	if mine {
-		c.data = make([]byte, d.clusterSize)
-		c.err = d.decode(c.data, e)
+		c.data = d.buffer()
+		if c.err = d.decode(c.data, e); c.err != nil {
+			d.forget(e) // the next one tries again
+		}
 		close(c.ready)
 	} else {
 		<-c.ready
@@ -136,17 +137,16 @@ func (d *decoder) release(c *decoded) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	c.users--
-	if c.err != nil {
-		d.drop(c) // the next one tries again
+	if c.users == 0 && d.kept[c.entry] != c {
+		d.recycle(c) // dropped while it was used
 	}
-	for old := d.last; len(d.kept) > d.max && old != nil; {
+	old := d.last
+	for n := len(d.kept); n > 0 && len(d.kept) > d.max; n-- {
 		prev := old.prev
 		if old.users == 0 {
 			d.drop(old)
 		}
-		if old = prev; old == d.last {
-			break
-		}
+		old = prev
 	}
 }
 
@@ -185,7 +185,29 @@ func (d *decoder) drop(c *decoded) {
 	if d.kept[c.entry] == c {
 		delete(d.kept, c.entry)
 		d.unlink(c)
+		d.recycle(c)
 	}
+}
+
+// recycle keeps the memory of a dropped cluster unless it is still read. d.mu
+// is held.
+func (d *decoder) recycle(c *decoded) {
+	if c.users == 0 && c.data != nil && len(d.free) < d.max {
+		d.free, c.data = append(d.free, c.data), nil
+	}
+}
+
+// buffer returns memory for a cluster.
+func (d *decoder) buffer() []byte {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	n := len(d.free)
+	if n == 0 {
+		return make([]byte, d.clusterSize)
+	}
+	b := d.free[n-1]
+	d.free = d.free[:n-1]
+	return b
 }
 
 // decode reads and decodes a whole cluster into p.
@@ -206,23 +228,12 @@ func (d *decoder) decode(p []byte, e l2Entry) error {
 	if d.method == compressionZstd {
 		err = w.zstd(p)
 	} else {
-		err = w.inflate(p)
+		err = w.inflate.inflate(p, w.src)
 	}
 	if err != nil {
 		return corrupt("compressed data at %#x, %d bytes: %v", host, n, err)
 	}
 	return nil
-}
-
-// inflate fills p from raw deflate data. What follows is ignored.
-func (w *workspace) inflate(p []byte) error {
-	w.r.Reset(w.src)
-	if w.flate == nil {
-		w.flate = flate.NewReader(&w.r)
-	} else if err := w.flate.(flate.Resetter).Reset(&w.r, nil); err != nil {
-		return err
-	}
-	return fill(p, w.flate)
 }
 
 // zstd fills p from one frame or several. What follows is ignored.

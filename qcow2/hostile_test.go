@@ -609,7 +609,7 @@ func FuzzDecode(f *testing.F) {
 		if zstd {
 			_ = w.zstd(p)
 		} else {
-			_ = w.inflate(p)
+			_ = w.inflate.inflate(p, b)
 		}
 	})
 }
