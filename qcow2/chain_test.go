@@ -317,6 +317,7 @@ func TestBitmapsInconsistent(t *testing.T) {
 		h.autoclear = 0
 		copy(e.b, h.encodeFixed())
 	})
+	compareInspection(t, file)
 	var warned []string
 	d, err := Open(context.Background(), openStore(t, file), image.Options{ReadOnly: true, Warn: func(s string) { warned = append(warned, s) }})
 	if err != nil {

@@ -24,6 +24,7 @@ const checkRun = 1 << 20
 // Findings, their words and their order are qemu-img's.
 type checker struct {
 	im   *Image
+	h    *header // as the store has it
 	ctx  context.Context
 	opt  image.CheckOptions
 	res  image.CheckResult
@@ -42,13 +43,26 @@ type checker struct {
 
 // Check verifies the structure of the image without changing it. It takes one
 // byte of memory per cluster. An error means that the check came to no end.
+//
+// An image that is open for writing is committed first, and requests wait
+// until the check is over. Clusters that were freed lately may then be leaks.
 func (im *Image) Check(ctx context.Context, opt image.CheckOptions) (image.CheckResult, error) {
-	v, err := im.epochs.enter()
-	if err != nil {
-		return image.CheckResult{}, err
-	}
-	defer v.leave()
 	c := &checker{im: im, ctx: ctx, opt: opt, blockNo: -1}
+	if im.writer == nil {
+		v, err := im.epochs.enter()
+		if err != nil {
+			return c.res, err
+		}
+		defer v.leave()
+	} else {
+		if err := im.epochs.freeze(); err != nil {
+			return c.res, err
+		}
+		defer im.epochs.thaw()
+		if err := im.writer.commit.commit(); err != nil {
+			return c.res, image.Wrap("check", im.name, err)
+		}
+	}
 	if err := c.check(); err != nil {
 		return c.res, image.Wrap("check", im.name, err)
 	}
@@ -56,7 +70,13 @@ func (im *Image) Check(ctx context.Context, opt image.CheckOptions) (image.Check
 }
 
 func (c *checker) check() (err error) {
-	g, h := c.im.geo, c.im.header
+	g := c.im.geo
+	h, err := readHeader(c.im.store)
+	if err != nil {
+		c.res.CheckErrors++
+		return err
+	}
+	c.h = h
 	if c.size, err = c.im.store.Size(); err != nil {
 		c.res.CheckErrors++
 		return err
@@ -310,7 +330,7 @@ func (c *checker) countCompressed(i int, e l2Entry, b l2Bitmap, active bool) {
 
 // countSnapshots counts the references of the snapshots and their table.
 func (c *checker) countSnapshots() error {
-	h := c.im.header
+	h := c.h
 	if n := len(c.im.snapshots); n > 0 && c.im.geo.dataFile {
 		c.corrupt("ERROR %d snapshots in image with data file", n)
 	}
@@ -337,7 +357,7 @@ func (c *checker) countSnapshots() error {
 // countRest counts the references of the header to everything else, and
 // returns the refcount table.
 func (c *checker) countRest() ([]uint64, error) {
-	g, h := c.im.geo, c.im.header
+	g, h := c.im.geo, c.h
 	n := int64(h.refTableClusters) << g.clusterBits
 	c.count(int64(h.refTableOffset), n)
 	refTable, err := c.readWords(int64(h.refTableOffset), n/8)
@@ -352,7 +372,7 @@ func (c *checker) countRest() ([]uint64, error) {
 }
 
 func (c *checker) countBitmaps() error {
-	h := c.im.header
+	h := c.h
 	x, err := h.bitmapsExtension()
 	if err != nil || x.count == 0 || h.autoclear&autoclearBitmaps == 0 {
 		return err

@@ -308,3 +308,28 @@ func (e *editor) damage(rnd *rand.Rand) string {
 	}
 	return fmt.Sprintf("word at %#x: %#x became %#x", at, old, e.word(at))
 }
+
+// TestCheckWhileOpen: what is in memory only is no finding.
+func TestCheckWhileOpen(t *testing.T) {
+	file := qemu.Create(t, "qcow2", "cluster_size=4k", "64M")
+	d, err := chain().Open(context.Background(), file, image.OpenOptions{Format: "qcow2"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range int64(300) {
+		if err := d.WriteAt([]byte("hello"), i*200<<10, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	res, err := d.(*Image).Check(t.Context(), image.CheckOptions{Report: func(f image.Finding) { t.Error(f.Text) }})
+	if err != nil || res.AllocatedClusters != 300 {
+		t.Errorf("%+v, %v", res, err)
+	}
+	if err := d.WriteAt([]byte("hello"), 0, 0); err != nil {
+		t.Error(err)
+	}
+	if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+	compareVerdicts(t, file)
+}

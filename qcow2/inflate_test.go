@@ -47,9 +47,9 @@ func texts(n int) map[string][]byte {
 
 func TestInflate(t *testing.T) {
 	f := new(inflater)
-	for _, n := range []int{1, 7, 512, 4096, 65536, 1 << 20} {
+	for _, n := range []int{1, 7, 512, 4096, 65536, 300000} {
 		for name, want := range texts(n) {
-			for level := -2; level <= 9; level++ {
+			for _, level := range []int{-2, 0, 1, 5, 9} {
 				var b bytes.Buffer
 				w, err := stdflate.NewWriter(&b, level)
 				if err != nil {

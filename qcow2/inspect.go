@@ -100,8 +100,11 @@ func inspect(_ context.Context, s storage.Store) (*image.Inspection, error) {
 	}
 	for i := range bitmaps {
 		b := &bitmaps[i]
+		if b.lost {
+			break // qemu-img shows none then
+		}
 		f := BitmapFlag{Flags: []string{}, Name: b.name, Granularity: 1 << b.granularity}
-		if b.info().Inconsistent {
+		if b.flags&bitmapInUse != 0 {
 			f.Flags = append(f.Flags, "in-use")
 		}
 		if b.flags&bitmapAuto != 0 {

@@ -116,15 +116,18 @@ func TestInspectEncrypted(t *testing.T) {
 		"encrypt.format=luks,encrypt.iter-time=100,encrypt.cipher-alg=aes-128,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha256",
 		"encrypt.format=aes",
 	} {
-		file := filepath.Join(t.TempDir(), "disk")
-		qemu.Img(t, "create", "-q", "--object", "secret,id=s0,data=abc", "-f", "qcow2", "-o", "encrypt.key-secret=s0,"+options, file, "1M")
-		if in := compareInspection(t, file); !errors.Is(in.Problem, image.ErrKey) {
-			t.Errorf("%s: problem %v", options, in.Problem)
-		}
-		_, err := Open(context.Background(), openStore(t, file), image.Options{ReadOnly: true})
-		if !errors.Is(err, image.ErrKey) || !errors.Is(err, errors.ErrUnsupported) {
-			t.Errorf("%s: opened with %v", options, err)
-		}
+		t.Run(options, func(t *testing.T) {
+			t.Parallel()
+			file := filepath.Join(t.TempDir(), "disk")
+			qemu.Img(t, "create", "-q", "--object", "secret,id=s0,data=abc", "-f", "qcow2", "-o", "encrypt.key-secret=s0,"+options, file, "1M")
+			if in := compareInspection(t, file); !errors.Is(in.Problem, image.ErrKey) {
+				t.Errorf("problem %v", in.Problem)
+			}
+			_, err := Open(context.Background(), openStore(t, file), image.Options{ReadOnly: true})
+			if !errors.Is(err, image.ErrKey) || !errors.Is(err, errors.ErrUnsupported) {
+				t.Errorf("opened with %v", err)
+			}
+		})
 	}
 }
 
