@@ -24,7 +24,7 @@ func TestRun(t *testing.T) {
 	err := run(t.Context(), []string{
 		"-imgnbd", "none", "-repeats", "2", "-time", "20ms", "-size", "64", "-disk", dir, "-json", out,
 		"-server", "mine=nbdkit -f -U {socket} file {image}",
-		"-run", `^(raw read 1M qd16(, tcp)?|raw rand write 4k qd32|new raw write 64k qd16|qcow2 rand read 4k qd1)$`,
+		"-run", `^(raw read 1M qd16(, tcp|, structured)?|raw rand write 4k qd32|new raw write 64k qd16|qcow2 rand read 4k qd1)$`,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -37,8 +37,8 @@ func TestRun(t *testing.T) {
 	if err := json.Unmarshal(text, &findings); err != nil {
 		t.Fatal(err)
 	}
-	if len(findings) != 5 {
-		t.Errorf("%d workloads, want 5", len(findings))
+	if len(findings) != 6 {
+		t.Errorf("%d workloads, want 6", len(findings))
 	}
 	for _, f := range findings {
 		want := 5
@@ -46,7 +46,9 @@ func TestRun(t *testing.T) {
 		case strings.HasPrefix(f.Workload, "qcow2"):
 			want = 2 // both qemu-nbd
 		case strings.HasSuffix(f.Workload, "tcp"):
-			want = 4 // a server that is given has no command for TCP
+			want = 4 // the server that is given has no command for TCP
+		case strings.HasSuffix(f.Workload, "structured"):
+			want = 4 // not nbd-server
 		}
 		if len(f.Rows) != want {
 			t.Errorf("%s: %d servers, want %d", f.Workload, len(f.Rows), want)

@@ -185,7 +185,7 @@ func measure(ctx context.Context, o options, w workload, servers []server, img *
 	samples := make([][]sample, len(servers))
 	order := make([]int, 0, len(servers))
 	for i, s := range servers {
-		if slices.Contains(s.formats, w.kind.format) && (w.transport == unix || s.tcp != nil) {
+		if s.can(w) {
 			order = append(order, i)
 		}
 	}

@@ -2,7 +2,11 @@
 
 package main
 
-import "github.com/imgnbd/imgnbd/internal/test/load"
+import (
+	"slices"
+
+	"github.com/imgnbd/imgnbd/internal/test/load"
+)
 
 // A server is a row of what is compared: how to start it, with {socket} or
 // {port} of 127.0.0.1, {format} and {image} put in. It serves the image
@@ -44,7 +48,7 @@ var peers = []server{
 		tcp:  []string{"nbdkit", "-f", "-i", "127.0.0.1", "-p", "{port}", "file", "{image}"},
 	},
 	{
-		name: "nbd-server", formats: []string{"raw"}, daemon: true,
+		name: "nbd-server", formats: []string{"raw"}, simple: true, daemon: true,
 		unix:   []string{"nbd-server", "-C", "{config}", "-p", "{pid}"},
 		tcp:    []string{"nbd-server", "-C", "{config}", "-p", "{pid}"},
 		config: nbdServer,
@@ -114,6 +118,11 @@ func mix(conns, depth, block, reads, writes, flushes int) load.Config {
 
 func random(c load.Config) load.Config     { c.Random = true; return c }
 func structured(c load.Config) load.Config { c.Structured = true; return c }
+
+// can reports whether s takes part in w.
+func (s server) can(w workload) bool {
+	return slices.Contains(s.formats, w.kind.format) && (w.transport == unix || s.tcp != nil) && (!w.load.Structured || !s.simple)
+}
 
 var workloads = []workload{
 	{"raw read 1M qd16", true, raw, memory, unix, reads(1, 16, m)},
