@@ -16,6 +16,7 @@ type server struct {
 	unix    []string
 	tcp     []string                      // nil if it cannot
 	formats []string                      // that it serves
+	simple  bool                          // has no structured replies
 	daemon  bool                          // leaves itself behind, with its process id in {pid}
 	config  func(transport string) string // of a file, which is {config}
 	ours    bool                          // not a peer
