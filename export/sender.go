@@ -222,42 +222,49 @@ func (p *packer) empty() bool {
 // pack ends the batch that was sent and makes the next one. It returns false
 // if there is nothing to send.
 func (p *packer) pack(done func(*task)) bool {
-	if len(p.iov) > 0 {
-		return true
+	for len(p.iov) == 0 {
+		for t := p.batch.pop(); t != nil; t = p.batch.pop() {
+			done(t)
+		}
+		if p.tasks.head == nil {
+			return false
+		}
+		p.fill() // with nothing, if those replies are empty
 	}
-	for t := p.batch.pop(); t != nil; t = p.batch.pop() {
-		done(t)
-	}
+	return true
+}
+
+// fill makes a batch of tasks.
+func (p *packer) fill() {
 	if p.small == nil {
 		p.small = make([]byte, 0, packCopy)
 	}
-	p.store, p.small = p.store[:0], p.small[:0]
-	last := -1 // the piece of iov that small grows
+	p.iov, p.small = p.store[:0], p.small[:0]
+	joined := false // the last piece of iov is the end of small
 	for total := 0; p.tasks.head != nil && total < packBatch; {
-		t := p.tasks.head
-		if len(p.small)+t.smallSize() > packCopy && total > 0 {
+		if total > 0 && len(p.small)+p.tasks.head.smallSize() > packCopy {
 			break
 		}
-		p.batch.push(p.tasks.pop())
+		t := p.tasks.pop()
+		p.batch.push(t)
 		for _, part := range t.parts {
 			total += len(part)
 			if len(part) > packSmall {
-				p.store = append(p.store, part)
-				last = -1
+				p.iov = append(p.iov, part)
+				joined = false
 				continue
 			}
 			at := len(p.small)
 			p.small = append(p.small, part...)
-			if last < 0 {
-				p.store = append(p.store, p.small[at:])
-				last = len(p.store) - 1
-			} else {
-				p.store[last] = p.small[at-len(p.store[last]):]
+			if !joined {
+				p.iov = append(p.iov, nil)
+				joined = true
 			}
+			last := &p.iov[len(p.iov)-1]
+			*last = p.small[at-len(*last):]
 		}
 	}
-	p.iov = p.store
-	return len(p.iov) > 0
+	p.store = p.iov[:0]
 }
 
 // drop ends all replies without sending them.

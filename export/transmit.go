@@ -263,7 +263,7 @@ func (s *session) refuse(r *request, f *refusal, payload uint64) error {
 
 // do begins a request that is valid and has arrived as a whole.
 func (s *session) do(r *request, payload []byte) error {
-	if r.length == 0 && r.cmd != nbd.CmdFlush {
+	if r.length == 0 && r.cmd != nbd.CmdFlush && r.cmd != nbd.CmdBlockStatus {
 		return s.done(r)
 	}
 	switch r.cmd {

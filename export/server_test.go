@@ -1,0 +1,527 @@
+package export
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/imgnbd/imgnbd/image"
+	"github.com/imgnbd/imgnbd/internal/nbd"
+)
+
+// TestFailures: an error of the device reaches the client that asked, as what
+// it is, and does no harm to the connection.
+func TestFailures(t *testing.T) {
+	broken := errors.New("medium is broken")
+	const bad = 256 << 10
+	for _, waits := range []bool{false, true} {
+		dev := &hooked{Device: memDisk(t, 1<<20)}
+		fails := func(p []byte, off int64) bool { return off < bad+512 && off+int64(len(p)) > bad }
+		dev.readAt = func(p []byte, off int64) (int, error) {
+			if fails(p, off) {
+				return 0, broken
+			}
+			return dev.Device.ReadAt(p, off)
+		}
+		dev.tryReadAt = func(p []byte, off int64) error {
+			if waits {
+				return image.ErrWouldBlock
+			}
+			if fails(p, off) {
+				return broken
+			}
+			return dev.Device.TryReadAt(p, off)
+		}
+		dev.writeAt = func([]byte, int64, image.WriteFlags) error { return syscall.EDQUOT }
+		dev.writeZeroes = func(int64, int64, image.WriteFlags) error { return image.ErrReadOnly }
+		dev.flush = func() error { return broken }
+		// Zeros, data and zeros, so that the failure comes in a later chunk.
+		dev.appendExtents = func(dst []image.Extent, off, n int64, _ image.Want) ([]image.Extent, error) {
+			if off < 64<<10 {
+				return append(dst, image.Extent{Offset: off, Length: min(n, 64<<10-off), Zero: true}), nil
+			}
+			return append(dst, image.Extent{Offset: off, Length: n, Data: true}), nil
+		}
+		s := serve(t, map[string]*Export{"": {Device: dev}}, nil)
+		for _, style := range []style{simple, structured, extended} {
+			late := "hole 0+65536, error 5 at 65536"
+			at := fmt.Sprintf("error 5 at %d", bad)
+			if style == simple {
+				late, at = "error 5", "error 5"
+			}
+			p := s.connect("unix", "", style)
+			for _, test := range []struct {
+				cmd    nbd.Command
+				flags  nbd.CommandFlags
+				off, n uint64
+				want   string
+			}{
+				{nbd.CmdRead, 0, bad, 4096, at},
+				{nbd.CmdRead, 0, 0, 1 << 20, late},
+				{nbd.CmdWrite, 0, 0, 512, "error 28"},
+				{nbd.CmdWrite, nbd.CmdFlagFUA, 0, 512, "error 28"},
+				{nbd.CmdWrite, 0, 0, 300000, "error 28"},
+				{nbd.CmdWriteZeroes, 0, 0, 512, "error 1"},
+				{nbd.CmdFlush, 0, 0, 0, "error 5"},
+				{nbd.CmdTrim, nbd.CmdFlagFUA, 0, 512, "error 5"}, // the flush in it
+				{nbd.CmdCache, 0, bad, 4096, "error 5"},
+			} {
+				var payload []byte
+				if test.cmd == nbd.CmdWrite {
+					payload = make([]byte, test.n)
+				}
+				if got := p.call(test.cmd, test.flags, test.off, test.n, payload).String(); got != test.want {
+					t.Errorf("%v %v %d+%d waits %v: %s, want %s", style, test.cmd, test.off, test.n, waits, got, test.want)
+				}
+			}
+			p.ok(nbd.CmdRead, 0, 0, 512, nil)
+		}
+		dev.flush = nil // for the end
+	}
+}
+
+// TestStalledDevice: a device that does not answer holds up neither clients of
+// others nor the rest of its own.
+func TestStalledDevice(t *testing.T) {
+	stalled := &hooked{Device: memDisk(t, 1<<20), tryReadAt: never}
+	goOn := make(chan struct{})
+	stalled.readAt = func(p []byte, off int64) (int, error) {
+		if off == 0 {
+			<-goOn
+		}
+		return stalled.Device.ReadAt(p, off)
+	}
+	s := serve(t, map[string]*Export{"stalled": {Device: stalled}, "": {Device: memDisk(t, 1<<20)}}, nil)
+	p := s.connect("unix", "stalled", simple)
+	p.write(p.header(nbd.CmdRead, 0, 1, 0, 512))
+	p.write(p.header(nbd.CmdRead, 0, 2, 4096, 512))
+	if c := p.chunk(512); c.cookie != 2 {
+		t.Errorf("the reply to %d came", c.cookie)
+	}
+	other := s.connect("unix", "", simple)
+	other.ok(nbd.CmdRead, 0, 0, 512, nil)
+	close(goOn)
+	if c := p.chunk(512); c.cookie != 1 {
+		t.Errorf("the reply to %d came", c.cookie)
+	}
+}
+
+// TestSlowReader: a client that sends requests and reads no replies makes the
+// server hold no more than its limits, and hurts nobody.
+func TestSlowReader(t *testing.T) {
+	for _, network := range []string{"unix", "tcp", "pipe"} {
+		dev := &hooked{Device: memDisk(t, 8<<20), tryReadAt: never}
+		var most atomic.Int64
+		var s *server
+		dev.readAt = func(p []byte, off int64) (int, error) {
+			s.memory.mu.Lock()
+			most.Store(max(most.Load(), s.memory.used))
+			s.memory.mu.Unlock()
+			return dev.Device.ReadAt(p, off)
+		}
+		const connBytes, memory = 8 << 20, 12 << 20
+		s = serve(t, map[string]*Export{"": {Device: dev}}, func(s *Server) {
+			s.Limits = Limits{ConnBytes: connBytes, Memory: memory}
+		})
+		const clients = 3
+		for range clients {
+			p := s.connect(network, "", simple)
+			p.conn.SetDeadline(time.Time{})
+			go func() {
+				for range 1000 {
+					if _, err := p.conn.Write(p.header(nbd.CmdRead, 0, 1, 0, 2<<20)); err != nil {
+						return
+					}
+				}
+			}()
+			defer p.conn.Close()
+		}
+		// While they are stuck another client is served.
+		p := s.connect(network, "", simple)
+		for range 20 {
+			p.ok(nbd.CmdRead, 0, 0, 1<<20, nil)
+		}
+		if limit := int64(memory + (clients+1)*(2<<20+64<<10)); most.Load() > limit {
+			t.Errorf("%s: %d bytes were held, the limit is %d", network, most.Load(), limit)
+		}
+		s.cutAll()
+	}
+}
+
+// cutAll ends all connections as a failing network would.
+func (s *server) cutAll() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for ses := range s.sessions {
+		ses.conn.Close()
+	}
+}
+
+// TestFlood: many small requests at once, more than may be in progress.
+func TestFlood(t *testing.T) {
+	each(t, func(t *testing.T, network string, style style) {
+		dev := &hooked{Device: memDisk(t, 1<<20), tryReadAt: never}
+		var now, most atomic.Int64
+		dev.readAt = func(p []byte, off int64) (int, error) {
+			n := now.Add(1)
+			for m := most.Load(); n > m && !most.CompareAndSwap(m, n); m = most.Load() {
+			}
+			defer now.Add(-1)
+			return dev.Device.ReadAt(p, off)
+		}
+		s := serve(t, map[string]*Export{"": {Device: dev}}, func(s *Server) { s.Limits.Requests = 4 })
+		p := s.connect(network, "", style)
+		const count = 3000
+		var out []byte
+		for i := range uint64(count) {
+			out = append(out, p.header(nbd.CmdRead, 0, i, i*64, 64)...)
+		}
+		go p.conn.Write(out)
+		seen := make(map[uint64]bool)
+		for range count {
+			c := p.chunk(64)
+			if c.errno != 0 || seen[c.cookie] {
+				t.Fatalf("request %d: error %d, again %v", c.cookie, c.errno, seen[c.cookie])
+			}
+			seen[c.cookie] = true
+		}
+		if most.Load() > 4 {
+			t.Errorf("%d requests were in progress", most.Load())
+		}
+	})
+}
+
+// TestDisconnect: what was asked for before DISC is answered; a client that
+// vanishes in the middle of anything leaves nothing behind.
+func TestDisconnect(t *testing.T) {
+	each(t, func(t *testing.T, network string, style style) {
+		dev := &hooked{Device: memDisk(t, 8<<20), tryReadAt: never}
+		s := serve(t, map[string]*Export{"": {Device: dev}}, nil)
+
+		p := s.connect(network, "", style)
+		var out []byte
+		for i := range uint64(8) {
+			out = append(out, p.header(nbd.CmdRead, 0, i, 0, 4096)...)
+		}
+		go p.conn.Write(append(out, p.header(nbd.CmdDisc, 0, 0, 0, 0)...))
+		for range 8 {
+			p.chunk(4096)
+		}
+		if _, err := p.conn.Read(make([]byte, 1)); err != io.EOF {
+			t.Errorf("after DISC: %v", err)
+		}
+
+		// In mid header, in a small payload, in a large one, after many reads.
+		for _, cut := range []func(p *peer) []byte{
+			func(p *peer) []byte { return p.header(nbd.CmdRead, 0, 1, 0, 512)[:20] },
+			func(p *peer) []byte { return append(p.header(nbd.CmdWrite, 0, 1, 0, 512), 1, 2, 3) },
+			func(p *peer) []byte { return append(p.header(nbd.CmdWrite, 0, 1, 0, 4<<20), make([]byte, 1<<20)...) },
+			func(p *peer) []byte {
+				// Expecting another large write, and getting half of it.
+				h := p.header(nbd.CmdWrite, 0, 1, 0, 1<<20)
+				whole := append(h, make([]byte, 1<<20)...)
+				return append(whole, whole[:len(whole)/2]...)
+			},
+			func(p *peer) []byte { return bytes.Repeat(p.header(nbd.CmdRead, 0, 1, 0, 1<<20), 64) },
+		} {
+			p := s.connect(network, "", style)
+			b := cut(p)
+			p.conn.SetWriteDeadline(time.Now().Add(200 * time.Millisecond)) // a pipe is not read for ever
+			p.conn.Write(b)
+			p.conn.Close()
+		}
+	})
+}
+
+// TestShutdownUnderLoad: what was accepted is done and flushed, and every
+// reply that was sent was sent whole.
+func TestShutdownUnderLoad(t *testing.T) {
+	for _, network := range []string{"unix", "tcp", "pipe"} {
+		dev := &hooked{Device: memDisk(t, 16<<20)}
+		var writes, flushed atomic.Int64
+		dev.writeAt = func(p []byte, off int64, flags image.WriteFlags) error {
+			defer writes.Add(1)
+			return dev.Device.WriteAt(p, off, flags)
+		}
+		dev.flush = func() error { flushed.Store(writes.Load()); return nil }
+		s := serve(t, map[string]*Export{"": {Device: dev}}, nil)
+		var wg sync.WaitGroup
+		var replied atomic.Int64
+		started := make(chan struct{}, 4)
+		for c := range 4 {
+			p := s.connect(network, "", simple)
+			wg.Go(func() {
+				go func() {
+					for i := range uint64(1 << 20) {
+						b := append(p.header(nbd.CmdWrite, 0, i, uint64(c)<<20, 4096), make([]byte, 4096)...)
+						if _, err := p.conn.Write(b); err != nil {
+							return
+						}
+					}
+				}()
+				for n := 0; ; n++ {
+					var reply [nbd.SimpleReplySize]byte
+					if got, err := io.ReadFull(p.conn, reply[:]); err != nil {
+						// A stream socket that is closed with input unread is
+						// reset, and then may lose what was on its way.
+						if got != 0 && !errors.Is(err, syscall.ECONNRESET) {
+							t.Errorf("%s: a reply of %d bytes: %v", network, got, err)
+						}
+						p.conn.Close()
+						return
+					}
+					replied.Add(1)
+					if n == 100 {
+						started <- struct{}{}
+					}
+				}
+			})
+		}
+		for range 4 {
+			<-started
+		}
+		s.shutdown()
+		if w, f := writes.Load(), flushed.Load(); w != f {
+			t.Errorf("%s: %d writes, %d when flushed", network, w, f)
+		}
+		wg.Wait()
+		if r, w := replied.Load(), writes.Load(); r > w {
+			t.Errorf("%s: %d replies to %d writes", network, r, w)
+		}
+	}
+}
+
+// TestShutdownCut: a device that never answers does not keep Shutdown from
+// returning, with an error.
+func TestShutdownCut(t *testing.T) {
+	dev := &hooked{Device: memDisk(t, 1<<20), tryReadAt: never}
+	asked, goOn := make(chan struct{}), make(chan struct{})
+	dev.readAt = func(p []byte, off int64) (int, error) {
+		close(asked)
+		<-goOn
+		return len(p), nil
+	}
+	s := serve(t, map[string]*Export{"": {Device: dev}}, nil)
+	p := s.connect("unix", "", simple)
+	p.write(p.header(nbd.CmdRead, 0, 1, 0, 512))
+	<-asked
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := s.Shutdown(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("Shutdown: %v", err)
+	}
+	if !p.gone() {
+		t.Error("the connection goes on")
+	}
+	close(goOn)
+	settled := func() bool { s.mu.Lock(); defer s.mu.Unlock(); return len(s.sessions) == 0 }
+	for !settled() {
+		runtime.Gosched()
+	}
+}
+
+func TestShutdownReportsFlush(t *testing.T) {
+	broken := errors.New("medium is broken")
+	dev := &hooked{Device: memDisk(t, 1<<20), flush: func() error { return broken }}
+	s := &Server{Open: func(context.Context, *Client, string) (*Export, error) { return &Export{Device: dev}, nil }}
+	srv := &server{Server: s, t: t}
+	p := srv.connect("pipe", "", simple)
+	p.ok(nbd.CmdWrite, 0, 0, 512, make([]byte, 512))
+	if err := s.Shutdown(t.Context()); !errors.Is(err, broken) {
+		t.Errorf("Shutdown: %v", err)
+	}
+	if err := s.ServeConn(p.conn); err != ErrServerClosed {
+		t.Errorf("ServeConn afterwards: %v", err)
+	}
+}
+
+// TestGroupCommit: flushes that wait while one runs are served by the next
+// one, all of them, whatever connection they came from.
+func TestGroupCommit(t *testing.T) {
+	dev := &hooked{Device: memDisk(t, 1<<20)}
+	var flushes atomic.Int64
+	begun, goOn := make(chan struct{}, 100), make(chan struct{})
+	dev.flush = func() error {
+		flushes.Add(1)
+		begun <- struct{}{}
+		<-goOn
+		return nil
+	}
+	s := serve(t, map[string]*Export{"": {Device: dev}}, nil)
+	first := s.connect("unix", "", simple)
+	first.write(first.header(nbd.CmdFlush, 0, 1, 0, 0))
+	<-begun
+	var peers []*peer
+	for range 3 {
+		p := s.connect("unix", "", simple)
+		for i := range uint64(5) {
+			p.write(p.header(nbd.CmdFlush, 0, i, 0, 0))
+		}
+		// The line takes requests in order: when this is answered, the
+		// flushes before it are waiting.
+		p.write(p.header(nbd.CmdRead, 0, 99, 0, 512))
+		if c := p.chunk(512); c.cookie != 99 {
+			t.Fatalf("a flush was answered before it was done")
+		}
+		peers = append(peers, p)
+	}
+	close(goOn)
+	first.answer(0, 0)
+	for _, p := range peers {
+		for range 5 {
+			p.answer(0, 0)
+		}
+	}
+	if n := flushes.Load(); n != 2 {
+		t.Errorf("%d flushes of the device, want 2", n)
+	}
+}
+
+// TestMultiConn: a flush on one connection covers the writes that were
+// answered on another, and a flush that comes while one runs is not taken to
+// be covered by it.
+func TestMultiConn(t *testing.T) {
+	dev := &hooked{Device: memDisk(t, 1<<20)}
+	var mu sync.Mutex
+	var cached, durable int
+	block := make(chan chan struct{}, 1)
+	dev.writeAt = func(p []byte, off int64, flags image.WriteFlags) error {
+		mu.Lock()
+		defer mu.Unlock()
+		cached++
+		return nil
+	}
+	dev.flush = func() error {
+		mu.Lock()
+		n := cached // a flush covers what was written before it began
+		mu.Unlock()
+		select {
+		case c := <-block:
+			<-c
+		default:
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		durable = n
+		return nil
+	}
+	s := serve(t, map[string]*Export{"": {Device: dev, MultiConn: true}}, nil)
+	a, b := s.connect("unix", "", simple), s.connect("tcp", "", simple)
+	if a.flags&nbd.FlagCanMultiConn == 0 {
+		t.Fatal("multi-conn is not told")
+	}
+	a.ok(nbd.CmdWrite, 0, 0, 512, make([]byte, 512))
+	hold := make(chan struct{})
+	block <- hold
+	b.write(b.header(nbd.CmdFlush, 0, 1, 0, 0)) // runs, and takes long
+	for len(block) > 0 {
+		runtime.Gosched()
+	}
+	a.ok(nbd.CmdWrite, 0, 0, 512, make([]byte, 512))
+	a.write(a.header(nbd.CmdFlush, 0, 2, 0, 0))
+	a.write(a.header(nbd.CmdRead, 0, 3, 0, 512))
+	if c := a.chunk(512); c.cookie != 3 {
+		t.Fatal("the flush was answered before it was done")
+	}
+	close(hold)
+	b.answer(0, 0)
+	a.answer(0, 0)
+	mu.Lock()
+	defer mu.Unlock()
+	if durable != 2 {
+		t.Errorf("%d writes are durable, want 2", durable)
+	}
+}
+
+// TestMaxClients: clients beyond the limit wait, as at qemu-nbd, also when
+// there are several listeners.
+func TestMaxClients(t *testing.T) {
+	s := serve(t, map[string]*Export{"": {Device: memDisk(t, 1<<20)}}, func(s *Server) { s.MaxClients = 1 })
+	first := s.connect("unix", "", simple)
+	second := s.dial("tcp")
+	second.conn.SetDeadline(time.Now().Add(50 * time.Millisecond))
+	if _, err := second.conn.Read(make([]byte, 1)); err == nil {
+		t.Fatal("a second client was greeted")
+	}
+	first.ok(nbd.CmdRead, 0, 0, 512, nil)
+	first.conn.Close()
+	second.conn.SetDeadline(time.Now().Add(patience))
+	second.greet()
+}
+
+func TestHandshakeDeadline(t *testing.T) {
+	s := serve(t, nil, func(s *Server) { s.Limits.Handshake = 50 * time.Millisecond })
+	for _, network := range []string{"unix", "tcp"} {
+		if p := s.dial(network); true {
+			p.read(18)
+			if !p.gone() {
+				t.Errorf("%s: an idle client was kept", network)
+			}
+		}
+	}
+}
+
+// TestConnState: each connection is told of once in each state, in order.
+func TestConnState(t *testing.T) {
+	var mu sync.Mutex
+	told := make(map[*Client][]State)
+	refused := errors.New("not you")
+	var refuse, releases atomic.Int64
+	e := &Export{Device: memDisk(t, 1<<20), Release: func() { releases.Add(1) }}
+	s := serve(t, map[string]*Export{"": e}, func(s *Server) {
+		s.ConnState = func(c *Client, st State) {
+			mu.Lock()
+			defer mu.Unlock()
+			told[c] = append(told[c], st)
+		}
+		s.Authorize = func(context.Context, *Client) error {
+			if refuse.Load() != 0 {
+				return refused
+			}
+			return nil
+		}
+	})
+	s.connect("tcp", "", simple).write(encodeRequest(false, request{cmd: nbd.CmdDisc}))
+	p := s.dial("unix")
+	p.greet()
+	p.option(nbd.OptAbort, nil)
+	refuse.Store(1)
+	if !s.dial("unix").gone() {
+		t.Error("a client was not refused")
+	}
+	s.shutdown()
+	counts := make(map[string]int)
+	for _, states := range told {
+		counts[fmt.Sprint(states)]++
+	}
+	if got, want := fmt.Sprint(counts), "map[[new active closed]:1 [new closed]:2]"; got != want {
+		t.Errorf("states %s, want %s", got, want)
+	}
+	if releases.Load() != 1 {
+		t.Errorf("released %d times", releases.Load())
+	}
+}
+
+// TestServeSeveral: a closed listener ends Serve with its error.
+func TestServeListenerFails(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &Server{}
+	ended := make(chan error)
+	go func() { ended <- s.Serve(l) }()
+	l.Close()
+	if err := <-ended; !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Serve: %v", err)
+	}
+}
