@@ -27,7 +27,7 @@ type device struct {
 	flushing bool
 
 	committing atomic.Bool // a flush runs: writes are slow now
-	dirty      atomic.Bool // written to since the last flush began
+	dirty      atomic.Bool // a write returned since the last flush began
 }
 
 func newDevice(d image.Device) *device {
@@ -109,7 +109,8 @@ func (d *device) sync() error {
 	return err
 }
 
-// touched notes a write.
+// touched notes a write that has returned. One that is noted before it is
+// made may be forgotten by a flush that does not cover it.
 func (d *device) touched() {
 	if !d.dirty.Load() {
 		d.dirty.Store(true)

@@ -165,12 +165,15 @@ func (s *sender) beginLocked(n int64, l *Limits) bool {
 	return true
 }
 
-// end uncounts it.
-func (s *sender) end(n int64) {
+// end uncounts it, here and, unless b is nil, there.
+func (s *sender) end(n int64, b *budget) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
+	defer s.mu.Unlock() // nobody sees the connection idle before b does
 	s.held -= n
 	s.inProgress.Add(-1)
+	if b != nil {
+		b.give(n)
+	}
 	s.changed.Broadcast()
 }
 

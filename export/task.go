@@ -57,7 +57,7 @@ func (s *session) newTask(r *request, n int, hold int64) (*task, error) {
 	}
 	if !s.srv.memory.tryTake(charge, &s.out.inProgress) {
 		if err := s.sendOut(); err != nil {
-			s.out.end(charge)
+			s.out.end(charge, nil)
 			return nil, err
 		}
 		s.srv.memory.take(charge, &s.out.inProgress)
@@ -87,8 +87,7 @@ func (s *session) endTask(t *task) {
 	if cap(t.heads) <= 4<<10 {
 		tasks.Put(t)
 	}
-	s.out.end(charge)
-	s.srv.memory.give(charge)
+	s.out.end(charge, &s.srv.memory)
 }
 
 // perform does t. A worker calls it.
@@ -104,14 +103,14 @@ func (s *session) perform(t *task) {
 		if r.has(nbd.CmdFlagFUA) {
 			flags = image.FUA
 		}
-		s.dev.touched()
 		err = s.dev.WriteAt(t.buf.data(int(t.n)), s.export.Offset+t.off, flags)
+		s.dev.touched()
 	case nbd.CmdTrim:
-		s.dev.touched()
 		err = s.inSteps(t, s.dev.Discard)
-	case nbd.CmdWriteZeroes:
 		s.dev.touched()
+	case nbd.CmdWriteZeroes:
 		err = s.writeZeroes(t)
+		s.dev.touched()
 	case nbd.CmdCache:
 		err = s.cache(t)
 	case nbd.CmdBlockStatus:

@@ -330,10 +330,10 @@ func (s *session) mayWriteHere(r *request) bool {
 
 // writeHere writes on the line.
 func (s *session) writeHere(r *request, p []byte) error {
-	s.dev.touched()
 	start := time.Now()
 	err := s.dev.WriteAt(p, s.export.Offset+r.off(), 0)
 	took := time.Since(start)
+	s.dev.touched()
 	s.line.slowUntil = time.Time{}
 	if took > slowWrite+time.Duration(len(p))*slowWritePerByte {
 		s.line.slowUntil = start.Add(took + slowWritePause)
