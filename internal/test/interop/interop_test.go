@@ -33,7 +33,14 @@ func buildAndRun(m *testing.M) int {
 	}
 	defer os.RemoveAll(dir)
 	imgnbd = filepath.Join(dir, "imgnbd")
-	if out, err := exec.Command("go", "build", "-o", imgnbd, "../../../cmd/imgnbd").CombinedOutput(); err != nil {
+	args := []string{"build", "-o", imgnbd}
+	if race {
+		// The program ends at its first race, which its clients notice.
+		args = append(args, "-race")
+		os.Setenv("GORACE", "halt_on_error=1")
+	}
+	args = append(args, "../../../cmd/imgnbd")
+	if out, err := exec.Command("go", args...).CombinedOutput(); err != nil {
 		fmt.Fprintf(os.Stderr, "go build: %v\n%s", err, out)
 		return 1
 	}
