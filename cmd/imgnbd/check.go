@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"io"
 	"strings"
 
 	"github.com/spf13/pflag"
@@ -55,8 +54,8 @@ func checkCommand() *command {
 			return &exit{exitUnsupported, says("This image format does not support checks")}
 		}
 		res, err := checker.Check(context.Background(), image.CheckOptions{
-			// Findings are no results: qemu-img prints them to stderr, bare.
-			Report: func(f image.Finding) { io.WriteString(u.stderr, f.Text+"\n") },
+			// To qemu-img these are no results.
+			Report: func(f image.Finding) { u.bare(f.Text) },
 		})
 		if err != nil {
 			return says("Check failed: %s", strerror(err))

@@ -125,7 +125,11 @@ func listenTCP(ctx context.Context, host, port string) (*place, error) {
 	p := &place{}
 	var first error
 	for _, a := range addrs {
-		l, err := net.ListenTCP("tcp", a)
+		network := "tcp" // of which :: takes both families
+		if a.IP.To4() != nil {
+			network = "tcp4"
+		}
+		l, err := net.ListenTCP(network, a)
 		if err != nil {
 			if first == nil {
 				first = err

@@ -105,8 +105,11 @@ func signalCommand(ts *testscript.TestScript, neg bool, args []string) {
 	if !ok {
 		ts.Fatalf("unknown signal %s", args[0])
 	}
-	pid, err := strconv.Atoi(strings.TrimSpace(ts.ReadFile(args[1])))
-	ts.Check(err)
+	var pid int
+	eventually(ts, func() (err error) { // the file is there before its text
+		pid, err = strconv.Atoi(strings.TrimSpace(ts.ReadFile(args[1])))
+		return err
+	})
 	ts.Check(syscall.Kill(pid, sig))
 	if len(args) > 2 {
 		return

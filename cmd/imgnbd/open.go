@@ -60,7 +60,13 @@ func (o *imageOptions) chain(u *ui) *image.Chain {
 		Formats:   drivers.Formats(),
 		Protocols: drivers.Protocols(),
 		Policy:    policy,
-		Warn:      u.warning,
+		Warn: func(s string) {
+			if strings.HasPrefix(s, "Image format was not specified") {
+				u.bare("WARNING: " + s) // as QEMU prints it
+				return
+			}
+			u.warning(s)
+		},
 	}
 }
 

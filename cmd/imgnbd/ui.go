@@ -57,6 +57,9 @@ func (u *ui) json(v any) error {
 // of several goroutines do not mix.
 func (u *ui) message(text string) { io.WriteString(u.stderr, u.name+": "+text+"\n") }
 
+// bare prints a line of QEMU's that does not begin with the program's name.
+func (u *ui) bare(text string) { io.WriteString(u.stderr, text+"\n") }
+
 func (u *ui) warning(text string) { u.message("warning: " + text) }
 
 // An exit ends the program with a status other than 1.
