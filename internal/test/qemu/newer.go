@@ -22,6 +22,6 @@ func Newer(t testing.TB, tool string) string {
 			return path
 		}
 	}
-	missing(t, "Debian 13's "+tool)
+	Missing(t, "Debian 13's "+tool)
 	return ""
 }

@@ -50,16 +50,18 @@ func find(t testing.TB, tool string) string {
 			}
 		}
 	}
-	missing(t, tool)
+	Missing(t, tool)
 	return ""
 }
 
-func missing(t testing.TB, tool string) {
+// Missing skips or fails the test for want of something that Require cannot
+// look for.
+func Missing(t testing.TB, what string) {
 	t.Helper()
 	if os.Getenv("CI") != "" {
-		t.Fatalf("%s is missing: %s", tool, installer)
+		t.Fatalf("%s is missing: %s", what, installer)
 	}
-	t.Skipf("%s is missing: %s", tool, installer)
+	t.Skipf("%s is missing: %s", what, installer)
 }
 
 // A Result is what a tool left behind.
