@@ -92,6 +92,21 @@ func TestClients(t *testing.T) {
 				}
 				same(t, "the copy", got, want)
 			})
+			t.Run("extended headers", func(t *testing.T) {
+				nbdcopy, nbdinfo := qemu.Newer(t, "nbdcopy"), qemu.Newer(t, "nbdinfo")
+				if got := qemu.Run(t, nbdinfo, uri(network, "source")); !strings.Contains(got, "using extended packets") {
+					t.Errorf("they are not used:\n%s", got)
+				}
+				if err := os.WriteFile(target, pattern(1, size), 0o666); err != nil {
+					t.Fatal(err)
+				}
+				qemu.Run(t, nbdcopy, "--flush", uri(network, "source"), uri(network, "target"))
+				got, err := os.ReadFile(target)
+				if err != nil {
+					t.Fatal(err)
+				}
+				same(t, "the copy", got, want)
+			})
 			t.Run("qemu-img", func(t *testing.T) {
 				qemu.Require(t, "qemu-img")
 				if err := os.WriteFile(target, pattern(1, size), 0o666); err != nil {

@@ -66,8 +66,13 @@ type asker struct {
 	skip atomic.Int64 // questions not to ask
 }
 
-// askingCost is what a question may cost on the average while it finds none.
-const askingCost = 10 * time.Microsecond
+const (
+	// askingFree is what a question may cost each time.
+	askingFree = 5 * time.Microsecond
+	// askingCost is what a dearer one may cost on the average of the requests
+	// until the next, while it finds nothing.
+	askingCost = time.Microsecond
+)
 
 func (a *asker) worthwhile() bool {
 	return a.skip.Load() <= 0 || a.skip.Add(-1) < 0
@@ -75,7 +80,7 @@ func (a *asker) worthwhile() bool {
 
 // learn notes what a question has cost and whether it found a hole.
 func (a *asker) learn(cost time.Duration, found bool) {
-	if found {
+	if found || cost <= askingFree {
 		a.skip.Store(0)
 	} else {
 		a.skip.Store(int64(cost / askingCost))
@@ -85,7 +90,7 @@ func (a *asker) learn(cost time.Duration, found bool) {
 // readHere answers a read on the line, or leaves it to a worker.
 func (s *session) readHere(r *request) error {
 	off, n := r.off(), r.n()
-	sparse, byFile := s.sparse(r), s.out.t.sendsFiles() && n >= sendFileMin
+	sparse, byFile := s.sparse(r), n >= s.out.t.fileMin()
 	if !sparse && !byFile {
 		return s.readRuns(r, off, n, append(s.line.runs[:0], run{off, n, false}), false)
 	}
@@ -119,7 +124,7 @@ func (s *session) readRuns(r *request, off, n int64, runs []run, byFile bool) er
 			s.line.out = s.appendHole(s.line.out, r, flags, run.off, int(run.n))
 			continue
 		}
-		if byFile && run.n >= sendFileMin {
+		if byFile && run.n >= s.out.t.fileMin() {
 			sent, ended, err := s.sendRun(r, run, flags)
 			if err != nil || ended {
 				return err
@@ -225,9 +230,6 @@ func (s *session) read(t *task) {
 		t.parts = append(t.parts, t.heads[head:], p)
 	}
 }
-
-// sendFileMin is the shortest run that is sent from the file itself, in bytes.
-const sendFileMin = 64 << 10
 
 // sendRun answers a run from the file that holds it, without a copy, if there
 // is one. It reports whether it did, and whether that was the end of the whole

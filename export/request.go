@@ -145,7 +145,7 @@ func refuse(errno nbd.Errno, format string, args ...any) *refusal {
 }
 
 // statusQuery decodes the payload of a BLOCK_STATUS: the length that is asked
-// about and the contexts that are wanted, each a bit of the agreement's.
+// about and the contexts that are wanted, each one of those agreed on.
 func (a *agreement) statusQuery(r *request, payload []byte) (length uint64, wanted []metaContext, _ *refusal) {
 	bad := refuse(nbd.EINVAL, "CMD_BLOCK_STATUS payload not valid")
 	if len(payload) < 8 || len(payload)%4 != 0 {

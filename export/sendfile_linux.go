@@ -6,7 +6,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const canSendFile = true
+const (
+	canSendFile = true
+	mapPopulate = unix.MAP_POPULATE
+)
 
 // sendFile sends from a place of its own in src: the file position belongs to
 // nobody, so that connections can share the file.
@@ -38,5 +41,3 @@ func resident(f *os.File, off, n int64, unknown bool) bool {
 	}
 	return stat.Cache >= pages
 }
-
-var pageSize = int64(os.Getpagesize())

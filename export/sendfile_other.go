@@ -7,7 +7,10 @@ import (
 	"os"
 )
 
-const canSendFile = false
+const (
+	canSendFile = false
+	mapPopulate = 0
+)
 
 func sendFile(int, int, int64, int) (int, error) { return 0, errors.ErrUnsupported }
 

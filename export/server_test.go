@@ -335,6 +335,31 @@ func TestShutdownCut(t *testing.T) {
 	}
 }
 
+// TestShutdownFlushesLateWrite: a write that was on its way while another
+// client flushed is not covered by that flush.
+func TestShutdownFlushesLateWrite(t *testing.T) {
+	dev := &hooked{Device: memDisk(t, 1<<20)}
+	begun, goOn := make(chan struct{}), make(chan struct{})
+	dev.writeAt = func([]byte, int64, image.WriteFlags) error {
+		close(begun)
+		<-goOn
+		return nil
+	}
+	var flushes atomic.Int64
+	dev.flush = func() error { flushes.Add(1); return nil }
+	s := serve(t, map[string]*Export{"": {Device: dev}}, nil)
+	writer, flusher := s.connect("unix", "", simple), s.connect("unix", "", simple)
+	writer.write(append(writer.header(nbd.CmdWrite, 0, 1, 0, 512), make([]byte, 512)...))
+	<-begun
+	flusher.ok(nbd.CmdFlush, 0, 0, 0, nil)
+	close(goOn)
+	writer.answer(0, 0)
+	s.shutdown()
+	if n := flushes.Load(); n != 2 {
+		t.Errorf("%d flushes, want one more at the end", n)
+	}
+}
+
 func TestShutdownReportsFlush(t *testing.T) {
 	broken := errors.New("medium is broken")
 	dev := &hooked{Device: memDisk(t, 1<<20), flush: func() error { return broken }}

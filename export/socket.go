@@ -1,8 +1,8 @@
 package export
 
 import (
-	"errors"
 	"io"
+	"math"
 	"net"
 	"os"
 	"syscall"
@@ -14,8 +14,9 @@ import (
 // allocations of net.Conn. It waits in the runtime's poller; the deadlines of
 // the net.Conn hold.
 type socket struct {
-	rc   syscall.RawConn
-	file bool // sendfile pays
+	rc     syscall.RawConn
+	unix   bool  // sendfile moves pages, where TCP on one host loses by it
+	minRun int64 // what fileMin returns
 
 	// The functions that the poller calls are made once, and talk through
 	// these fields: a closure for each call would be garbage for each call.
@@ -58,10 +59,13 @@ func newTransport(conn net.Conn) transport {
 	if err != nil {
 		return stream{conn}
 	}
-	s := &socket{rc: rc}
-	if _, unixSocket := conn.(*net.UnixConn); unixSocket {
-		s.file = canSendFile
+	s := &socket{rc: rc, minRun: mapFileMin}
+	if _, s.unix = conn.(*net.UnixConn); s.unix {
+		s.minRun = sendFileMin
 		setSendBuffer(rc, sendBuffer)
+	}
+	if !canSendFile {
+		s.minRun = math.MaxInt64
 	}
 	s.rd.fn, s.rd.peek = s.readNow, s.peekNow
 	s.wr.fn, s.wr.poll = s.writeNow, s.pollNow
@@ -181,7 +185,15 @@ func (s *socket) pollNow(fd uintptr) bool {
 	return n > 0 || err != nil && err != unix.EINTR
 }
 
-func (s *socket) sendsFiles() bool { return s.file }
+// From these sizes on a run goes out from the file itself, in bytes. Measured;
+// below, a copy is as fast.
+const (
+	sendFileMin = 64 << 10  // by sendfile
+	mapFileMin  = 256 << 10 // by writing a mapping of the file
+	mapWindow   = 1 << 20   // as much as is mapped at once
+)
+
+func (s *socket) fileMin() int64 { return s.minRun }
 
 func (s *socket) sendFile(f *os.File, off int64, n int) (int, error) {
 	if s.sf.file != f {
@@ -206,18 +218,36 @@ func (s *socket) useFile(src uintptr) {
 }
 
 func (s *socket) sendFileNow(fd uintptr) bool {
+	send := writeMapped
+	if s.unix {
+		send = sendFile
+	}
 	for {
-		n, err := sendFile(int(fd), s.sf.src, s.sf.off, s.sf.n)
-		if errors.Is(err, unix.EINTR) {
+		n, err := send(int(fd), s.sf.src, s.sf.off, s.sf.n)
+		if err == unix.EINTR {
 			continue
 		}
-		if errors.Is(err, unix.EAGAIN) {
+		if err == unix.EAGAIN {
 			err = errAgain
 		}
 		s.sf.n, s.sf.err = max(n, 0), err
 		return true
 	}
 }
+
+// writeMapped sends from a mapping that only the kernel reads: bytes that are
+// past the end of src by now are an error of the call and no signal.
+func writeMapped(dst, src int, off int64, n int) (int, error) {
+	skip := int(off % pageSize)
+	mem, err := unix.Mmap(src, off-int64(skip), min(skip+n, mapWindow), unix.PROT_READ, unix.MAP_SHARED|mapPopulate)
+	if err != nil {
+		return 0, err
+	}
+	defer unmapMemory(mem)
+	return unix.Write(dst, mem[skip:])
+}
+
+var pageSize = int64(os.Getpagesize())
 
 // setSendBuffer asks for a send buffer, beyond what an ordinary process may
 // have if this one may.

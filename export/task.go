@@ -140,14 +140,14 @@ func (s *session) finish(t *task, err error) {
 }
 
 // failed notes that the device did not do what it was asked for, and returns
-// what the client is told.
+// what the client is told: nothing that names our files.
 func (s *session) failed(r *request, err error) *refusal {
 	errno := errnoOf(err, r.has(nbd.CmdFlagFastZero))
 	if errno != nbd.ENOTSUP {
 		s.srv.Log.Warn("request failed", "client", s.client.Addr, "export", s.name, "request", r.cmd,
 			"offset", r.offset, "length", r.length, "err", err)
 	}
-	return refuse(errno, "%v: %v", r.cmd, err)
+	return refuse(errno, "%v failed", r.cmd)
 }
 
 // maxStep bounds what one call of a Device is asked to discard or zero, in

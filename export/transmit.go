@@ -204,7 +204,7 @@ func (s *session) serveInput() error {
 	return nil
 }
 
-// reply makes room for n bytes in the replies of the line.
+// room makes room for n bytes in the replies of the line.
 func (s *session) room(n int) error {
 	if l := &s.line; len(l.out)+n > cap(l.out) {
 		return s.sendOut()

@@ -2,6 +2,7 @@ package export
 
 import (
 	"errors"
+	"math"
 	"net"
 	"os"
 )
@@ -25,12 +26,12 @@ type transport interface {
 	writable() error
 
 	// sendFile sends some of the n bytes at off of f, without waiting and
-	// without a copy: 0 with errAgain if it would have to wait, 0 and no error
-	// at the end of the file.
+	// without bringing them here: 0 with errAgain if it would have to wait, 0
+	// and another error or none if f does not give them.
 	sendFile(f *os.File, off int64, n int) (int, error)
 
-	// sendsFiles reports whether sendFile works, and pays.
-	sendsFiles() bool
+	// fileMin is from how many bytes on sendFile pays.
+	fileMin() int64
 }
 
 var errAgain = errors.New("would wait")
@@ -59,4 +60,4 @@ func (s stream) writable() error { return nil }
 
 func (s stream) sendFile(*os.File, int64, int) (int, error) { return 0, errors.ErrUnsupported }
 
-func (s stream) sendsFiles() bool { return false }
+func (s stream) fileMin() int64 { return math.MaxInt64 }
