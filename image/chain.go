@@ -87,41 +87,6 @@ func (c *Chain) settle(src *source, format string) error {
 	return nil
 }
 
-// Create makes an empty image of a format, overwriting what is there.
-func (c *Chain) Create(ctx context.Context, name, format string, opt CreateOptions) error {
-	src, err := parseName(name)
-	if err != nil {
-		return &Error{"create", name, err}
-	}
-	return Wrap("create", src.name, c.create(ctx, src, format, opt))
-}
-
-func (c *Chain) create(ctx context.Context, src source, format string, opt CreateOptions) error {
-	if err := c.settle(&src, format); err != nil {
-		return err
-	}
-	f, err := c.format(src.format)
-	if err != nil {
-		return err
-	}
-	if f.Create == nil {
-		return fmt.Errorf("images of format %s cannot be made", f.Name)
-	}
-	s, err := c.openStore(ctx, src, storage.Options{Access: storage.WriteGrow, Create: true, Direct: src.direct})
-	if err != nil {
-		return err
-	}
-	if opt.Refs == nil {
-		opt.Refs = &layer{chain: c, name: src.name, id: identity(s)}
-	}
-	opt.Params = append(src.params, opt.Params...)
-	err = f.Create(ctx, s, opt)
-	if err == nil {
-		err = s.Sync()
-	}
-	return errors.Join(err, s.Close())
-}
-
 // OpenImage opens a backing image for who has only the store that names it.
 // Images that Open returns have their own Opener, which knows all ancestors.
 func (c *Chain) OpenImage(ctx context.Context, ref Reference) (Device, error) {

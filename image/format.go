@@ -26,7 +26,13 @@ type Format struct {
 
 	// Create writes an empty image of that format into s, which is empty or
 	// will be overwritten. s stays the caller's.
+	// What was there does not look like an image any more before anything else
+	// is written, and the new one does not before all of it is durable.
 	Create func(ctx context.Context, s storage.Store, opt CreateOptions) error
+
+	// CreateParams are the parameters of Create and the size of the disk, in
+	// the order in which they are shown.
+	CreateParams []CreateParam
 
 	// ShareWrite is set where several processes may write the same image at
 	// once, because the format keeps no metadata in it.
@@ -47,9 +53,13 @@ type Options struct {
 
 // CreateOptions say what image is made.
 type CreateOptions struct {
-	Size   int64
-	Refs   Opener
+	Size   int64   // bytes
 	Params []Param // the format's own options; an unknown key is an error
+
+	// NewStore makes a file that the image will name, or opens what is there
+	// for being overwritten. The name is as the image will have it. nil: none
+	// can be made. Chain.Create sets it.
+	NewStore func(ctx context.Context, name string) (storage.Store, error)
 }
 
 // A Param is one option of a format, key and value as the user wrote them.

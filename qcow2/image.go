@@ -21,8 +21,10 @@ func Format() image.Format {
 		Open: func(ctx context.Context, s storage.Store, opt image.Options) (image.Device, error) {
 			return Open(ctx, s, opt)
 		},
-		Inspect: inspect,
-		Grows:   true,
+		Inspect:      inspect,
+		Create:       create,
+		CreateParams: createParams(),
+		Grows:        true,
 	}
 }
 

@@ -30,9 +30,10 @@ func Format() image.Format {
 		Open: func(_ context.Context, s storage.Store, opt image.Options) (image.Device, error) {
 			return Open(s, opt)
 		},
-		Inspect:    inspect,
-		Create:     create,
-		ShareWrite: true,
+		Inspect:      inspect,
+		Create:       create,
+		CreateParams: createParams(),
+		ShareWrite:   true,
 	}
 }
 
@@ -106,24 +107,6 @@ func inspect(_ context.Context, s storage.Store) (*image.Inspection, error) {
 		return nil, err
 	}
 	return &image.Inspection{Format: "raw", VirtualSize: roundUp(size)}, nil
-}
-
-func create(_ context.Context, s storage.Store, opt image.CreateOptions) error {
-	for _, p := range opt.Params {
-		return fmt.Errorf("raw: unknown option %s", p.Key)
-	}
-	// Through zero, so that nothing of what was there remains.
-	if err := s.Truncate(0); err != nil && !errors.Is(err, errors.ErrUnsupported) {
-		return err
-	}
-	size, err := s.Size()
-	if err != nil {
-		return err
-	}
-	if s.Info().FixedSize && opt.Size <= size {
-		return nil
-	}
-	return s.Truncate(opt.Size)
 }
 
 // A Disk is a store seen as a disk. Everything is passed to the store, which

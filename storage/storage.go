@@ -155,6 +155,9 @@ type Options struct {
 type Protocol struct {
 	Name string // the URL scheme
 	Open func(ctx context.Context, u *url.URL, opt Options) (Store, error)
+
+	// Remove makes the name that Options.Create made go away. nil: it cannot.
+	Remove func(ctx context.Context, u *url.URL) error
 }
 
 // Errors of a Store. Package image declares the same values under its name.

@@ -24,7 +24,18 @@ import (
 )
 
 // Protocol returns the row of the table of protocols.
-func Protocol() storage.Protocol { return storage.Protocol{Name: "file", Open: Open} }
+func Protocol() storage.Protocol {
+	return storage.Protocol{Name: "file", Open: Open, Remove: remove}
+}
+
+// remove removes a file. Stores that are open stay as they are.
+func remove(_ context.Context, u *url.URL) error {
+	path, err := pathOf(u)
+	if err != nil {
+		return err
+	}
+	return cause(os.Remove(path))
+}
 
 // Open opens the regular file or the block device that u names. The path may
 // be relative, and is then also accepted as the opaque part (file:disk.img).

@@ -1,0 +1,117 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+
+	"github.com/imgnbd/imgnbd/storage"
+)
+
+// Create makes an empty image of a format, overwriting what is there unless
+// somebody uses it. The image is durable on return. Files that were not there
+// before are gone if it fails.
+func (c *Chain) Create(ctx context.Context, name, format string, opt CreateOptions) error {
+	src, err := parseName(name)
+	if err != nil {
+		return &Error{"create", name, err}
+	}
+	return Wrap("create", src.name, c.create(ctx, src, format, opt))
+}
+
+func (c *Chain) create(ctx context.Context, src source, format string, opt CreateOptions) (err error) {
+	if err := c.settle(&src, format); err != nil {
+		return err
+	}
+	f, err := c.format(src.format)
+	if err != nil {
+		return err
+	}
+	if f.Create == nil {
+		return fmt.Errorf("images of format %s cannot be made", f.Name)
+	}
+	m := maker{chain: c}
+	s, err := m.open(ctx, src)
+	if err != nil {
+		return err
+	}
+	// Removed before they are closed: while the lock is held nobody else can
+	// have taken them into use.
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, m.remove(ctx))
+		}
+		err = errors.Join(err, s.Close())
+	}()
+	if opt.NewStore == nil {
+		opt.NewStore = func(ctx context.Context, name string) (storage.Store, error) {
+			return m.openBeside(ctx, src.name, name, s)
+		}
+	}
+	opt.Params = append(src.params, opt.Params...)
+	if err := f.Create(ctx, s, opt); err != nil {
+		return err
+	}
+	return s.Sync()
+}
+
+// A maker opens what is about to be overwritten, and knows what it made.
+type maker struct {
+	chain *Chain
+	made  []source
+}
+
+// open makes a store, or opens the one that is there for being overwritten.
+func (m *maker) open(ctx context.Context, src source) (storage.Store, error) {
+	old, err := m.chain.openStore(ctx, src, storage.Options{Share: storage.ShareNoLock})
+	isNew := errors.Is(err, fs.ErrNotExist)
+	if err == nil {
+		err = old.Close()
+	}
+	if err != nil && !isNew {
+		return nil, err
+	}
+	s, err := m.chain.openStore(ctx, src, storage.Options{Access: storage.WriteGrow, Create: true, Direct: src.direct})
+	if err == nil && isNew {
+		m.made = append(m.made, src)
+	}
+	return s, err
+}
+
+// openBeside is open for what the image base, which lies in s, will name.
+func (m *maker) openBeside(ctx context.Context, base, name string, s storage.Store) (storage.Store, error) {
+	src, err := resolve(s, base, name)
+	if err != nil {
+		return nil, &Error{"create", name, err}
+	}
+	// Before it is opened: one file cannot be locked twice.
+	if old, err := m.chain.openStore(ctx, src, storage.Options{Share: storage.ShareNoLock}); err == nil {
+		id := identity(old)
+		if err := old.Close(); err != nil {
+			return nil, Wrap("create", src.name, err)
+		}
+		if id == identity(s) {
+			return nil, &Error{"create", src.name, errors.New("it is the image itself")}
+		}
+	}
+	below, err := m.open(ctx, src)
+	return below, Wrap("create", src.name, err)
+}
+
+// remove removes what was made.
+func (m *maker) remove(ctx context.Context) error {
+	var errs []error
+	for _, src := range m.made {
+		i := slices.IndexFunc(m.chain.Protocols, func(p storage.Protocol) bool { return p.Name == src.url.Scheme })
+		if remove := m.chain.Protocols[i].Remove; remove != nil {
+			errs = append(errs, Wrap("remove", src.name, remove(ctx, src.url)))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Beside returns what an image called base means by ref: a relative path
+// starts where base lies.
+func Beside(base, ref string) string { return combine(base, ref) }

@@ -1,0 +1,120 @@
+package image
+
+import (
+	"errors"
+	"math"
+	"strconv"
+	"strings"
+	"syscall"
+)
+
+// A CreateParam is a parameter that a format takes when it makes an image, by
+// QEMU's name.
+type CreateParam struct {
+	Name    string
+	Kind    ParamKind
+	Default string // "" if there is none
+	Help    string
+	Refused string // why it is known and not taken; "" if it is
+}
+
+// A ParamKind is the syntax of a parameter's value.
+type ParamKind uint8
+
+const (
+	TextParam ParamKind = iota
+	BoolParam
+	NumberParam
+	SizeParam // bytes
+)
+
+// errSyntax is the error of a value that is not of its kind.
+var errSyntax = errors.New("invalid syntax")
+
+// ParseBool reads a switch as QEMU does.
+func ParseBool(s string) (bool, error) {
+	switch s {
+	case "on", "yes", "true", "y":
+		return true, nil
+	case "off", "no", "false", "n":
+		return false, nil
+	}
+	return false, errSyntax
+}
+
+// ParseNumber reads an integer as QEMU does: decimal, 0x or 0, negative ones
+// modulo 2^64. One that is too large is syscall.ERANGE.
+func ParseNumber(s string) (uint64, error) {
+	s = strings.TrimLeft(s, " \t\n\v\f\r")
+	digits, negative := strings.CutPrefix(s, "-")
+	if !negative {
+		digits = strings.TrimPrefix(s, "+")
+	}
+	base := 10
+	switch {
+	case len(digits) > 2 && (digits[:2] == "0x" || digits[:2] == "0X"):
+		digits, base = digits[2:], 16
+	case len(digits) > 1 && digits[0] == '0':
+		base = 8
+	}
+	n, err := strconv.ParseUint(digits, base, 64)
+	switch {
+	case errors.Is(err, strconv.ErrRange):
+		return 0, syscall.ERANGE
+	case err != nil:
+		return 0, errSyntax
+	case negative:
+		n = -n
+	}
+	return n, nil
+}
+
+// ParseSize reads a number of bytes as QEMU does: decimal, perhaps with a
+// fraction and one of the letters b k M G T P E, or hexadecimal without. One
+// that is too large is syscall.ERANGE.
+func ParseSize(s string) (uint64, error) {
+	s = strings.TrimPrefix(strings.TrimLeft(s, " \t\n\v\f\r"), "+")
+	if len(s) > 2 && (s[:2] == "0x" || s[:2] == "0X") {
+		n, err := strconv.ParseUint(s[2:], 16, 64)
+		return n, sizeError(err)
+	}
+	unit := float64(1)
+	if s != "" {
+		if i := strings.IndexByte("bkmgtpe", s[len(s)-1]|0x20); i >= 0 && s[len(s)-1] > '9' {
+			s, unit = s[:len(s)-1], math.Ldexp(1, 10*i)
+		}
+	}
+	whole, fraction, _ := strings.Cut(s, ".")
+	n, err := strconv.ParseUint(whole, 10, 64)
+	if err != nil {
+		return 0, sizeError(err)
+	}
+	part := 0.0
+	if fraction != "" {
+		if strings.Trim(fraction, "0123456789") != "" {
+			return 0, errSyntax
+		}
+		part, _ = strconv.ParseFloat("0."+fraction, 64)
+		if part != 0 && unit == 1 {
+			return 0, errSyntax
+		}
+	}
+	if n > math.MaxUint64/uint64(unit) {
+		return 0, syscall.ERANGE
+	}
+	n *= uint64(unit)
+	if add := uint64(part * unit); n+add >= n {
+		return n + add, nil
+	}
+	return 0, syscall.ERANGE
+}
+
+func sizeError(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, strconv.ErrRange):
+		return syscall.ERANGE
+	}
+	return errSyntax
+}
