@@ -51,7 +51,7 @@ func TestScan(t *testing.T) {
 		{"--vs disk", "vsock=true disk"},
 		{"--ba any disk", "option '--ba' is ambiguous; possibilities: '--backing' '--backing-dir'"},
 		{"--backing any disk", "backing= disk"},
-		{"--backing-d /x disk", "backing-dir=/x disk"},
+		{"--backing-d /x disk", "backing-dir= disk"},
 		{"--b 1.2.3.4 disk", "option '--b' is ambiguous; possibilities: '--bind' '--bitmap'"},
 		{"--s disk", "option '--s' is ambiguous; possibilities: '--socket' '--snapshot' '--shared' '--selinux-label'"},
 		{"--s=3 disk", "option '--s=3' is ambiguous; possibilities: '--socket' '--snapshot' '--shared' '--selinux-label'"},

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -44,7 +45,10 @@ func (o *imageOptions) addBacking(fs *pflag.FlagSet) {
 		o.backing = s
 		return nil
 	})
-	fs.StringVar(&o.backingDir, "backing-dir", "", "")
+	value(fs, "backing-dir", "", func(s string) (err error) {
+		o.backingDir, err = filepath.Abs(s) // names are opened later, from elsewhere
+		return err
+	})
 }
 
 // chain returns what opens images by these options. Its warnings go to u.

@@ -157,29 +157,22 @@ func (o *serveOptions) openSnapshot(dev image.Device) (image.Device, error) {
 	return snap, nil
 }
 
-const sector = 512
-
 // export says how dev is shown.
 func (o *serveOptions) export(dev image.Device) (*export.Export, error) {
 	info := dev.Info()
 	if o.offset > info.Size {
 		return nil, says("Offset (%d) cannot be greater than size of the containing file (%d)", o.offset, info.Size)
 	}
-	e := &export.Export{
+	return &export.Export{
 		Name:            o.exportName,
 		Description:     o.description,
 		Device:          dev,
 		Offset:          o.offset,
-		Length:          (info.Size - o.offset) &^ (sector - 1), // whole sectors, as in qemu-nbd
 		ReadOnly:        o.readOnly || info.ReadOnly,
 		MultiConn:       o.shared != 1,
 		AllocationDepth: o.depth,
 		Contexts:        o.contexts,
-	}
-	if e.Length == 0 {
-		e.Offset = info.Size // Length 0 would be all that follows
-	}
-	return e, nil
+	}, nil
 }
 
 // newServer shows e, and nothing else, to clients.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -28,6 +29,7 @@ type service struct {
 
 	signals  chan os.Signal // that ask for the end
 	place    *place
+	only     net.Conn // of --stdio, nil without
 	device   image.Device
 	server   *export.Server
 	visitors *visitors
@@ -86,6 +88,7 @@ func (s *service) listen(passed *os.File) (err error) {
 		s.place, err = listenOn(passed)
 	case s.opt.stdio:
 		s.place = &place{}
+		s.only, err = stdioConn(s.u)
 	default:
 		s.place, err = s.opt.listen(context.Background())
 	}
@@ -153,8 +156,8 @@ func (s *service) serve() error {
 			}
 		})
 	}
-	if s.opt.stdio {
-		serving.Go(func() { failed <- s.server.ServeConn(stdioConn(s.u)) })
+	if s.only != nil {
+		serving.Go(func() { failed <- s.server.ServeConn(s.only) })
 	}
 	err := s.wait(failed)
 	if e := s.shutdown(); err == nil {

@@ -3,21 +3,35 @@ package main
 import (
 	"errors"
 	"io"
+	"io/fs"
 	"net"
 	"os"
+	"syscall"
 	"time"
 )
 
 // stdioConn returns the connection that standard input is, as inetd gives it,
 // or that standard input and output are together, as ssh does.
-func stdioConn(u *ui) net.Conn {
-	in, inFile := u.stdin.(*os.File)
-	if inFile {
-		if c, err := net.FileConn(in); err == nil {
-			return c
-		}
+func stdioConn(u *ui) (net.Conn, error) {
+	in, ok := u.stdin.(*os.File)
+	if !ok {
+		return nil, errors.New("standard input is no file")
 	}
-	return &pipeConn{in: u.stdin, out: u.stdout}
+	fi, err := in.Stat()
+	if err != nil {
+		return nil, err
+	}
+	switch fi.Mode().Type() {
+	case fs.ModeSocket:
+		return net.FileConn(in)
+	case fs.ModeNamedPipe:
+		// Reading has to end when the server is told to stop.
+		if err := syscall.SetNonblock(int(in.Fd()), true); err != nil {
+			return nil, err
+		}
+		return &pipeConn{in: os.NewFile(in.Fd(), "standard input"), out: u.stdout}, nil
+	}
+	return nil, errors.New("standard input is neither a socket nor a pipe")
 }
 
 // A pipeConn is a connection over two streams.
