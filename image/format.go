@@ -49,6 +49,14 @@ type Options struct {
 	Refs     Opener       // opens what the image names; nil refuses everything
 	Params   []Param      // the format's own options; an unknown key is an error
 	Warn     func(string) // told of what the user should know; may be nil
+
+	// Journal is memory that outlives the process, such as a shared mapping of
+	// a file in tmpfs, for formats that hold changes back in memory: what they
+	// have acknowledged survives there if the process dies. If one that died
+	// left something in it, Open brings that back first, or fails. Whoever
+	// provides it sees to it that its last user is dead, on this boot. It stays
+	// mapped until the device is closed. nil: none.
+	Journal []byte
 }
 
 // CreateOptions say what image is made.

@@ -86,12 +86,18 @@ type graceItem struct {
 	epoch uint64
 }
 
-func (c *committer) start() {
-	c.next = newTicket()
-	c.wake = make(chan struct{}, 1)
-	c.done = make(chan struct{})
-	go c.run()
+// once commits everything, for who has the committer to himself: it does not
+// run yet.
+func (c *committer) once() error {
+	t := newTicket()
+	for b := c.turn(nil, t); b != nil; {
+		b = c.turn(b, nil)
+	}
+	return t.err
 }
+
+// start begins to commit when asked to.
+func (c *committer) start() { go c.run() }
 
 // ask requests a commit and returns without waiting. After a failed sync the
 // ticket has failed already.
@@ -500,6 +506,9 @@ func (c *committer) fail(err error) {
 	defer c.mu.Unlock()
 	if c.failed == nil {
 		c.failed = err
+		if c.journal != nil {
+			c.journal.fail()
+		}
 		if c.asked {
 			c.next.err = err
 			close(c.next.cut)

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"sync"
 	"testing"
+	"unsafe"
 
 	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/internal/test/qemu"
@@ -43,6 +44,7 @@ type simKind struct {
 	before  []string   // commands of qemu-io on the new image
 	after   [][]string // arguments of qemu-img then, before FILE
 	l2cache string
+	journal int // records; 0: none
 }
 
 // A simOp is a request. Its times are positions in the record.
@@ -70,6 +72,7 @@ type sim struct {
 	store   *storagetest.Recorder
 	backing []byte
 	initial []byte // what the disk read as before
+	journal []byte // nil: none
 
 	mu     sync.Mutex
 	ops    []*simOp
@@ -129,6 +132,9 @@ func newSim(t testing.TB, k *simKind, seed uint64, d defects) *sim {
 		s.backing = simBacking(k)
 	}
 	s.initial = crashJudge(blank, nil, s.backing).guest
+	if k.journal > 0 {
+		s.journal = newJournalMemory(k.journal)
+	}
 	s.sector = make([][]*simOp, k.size/sim512)
 	return s
 }
@@ -173,13 +179,29 @@ func (s *sim) value(p []byte, sector int64) uint64 {
 
 const initialValue = 1 << 40
 
-// open opens the image in a store as the sim does.
-func (s *sim) open(store storage.Store) (*Image, error) {
-	opt := image.Options{Refs: simRefs{s.backing}}
+// newJournalMemory returns aligned memory.
+func newJournalMemory(records int) []byte {
+	words := make([]uint64, (journalHeader+records*recordSize)/8)
+	return unsafe.Slice((*byte)(unsafe.Pointer(&words[0])), len(words)*8)
+}
+
+// A simStored is a note of what was stored in the memory of the journal.
+type simStored struct {
+	off int
+	b   []byte
+}
+
+// open opens the image in a store as the sim does, and notes in log what
+// happens to its journal.
+func (s *sim) open(store storage.Store, journal []byte, log *storagetest.Log) (*Image, error) {
+	opt := image.Options{Refs: simRefs{s.backing}, Journal: journal}
 	if s.kind.l2cache != "" {
 		opt.Params = []image.Param{{Key: "l2-cache-size", Value: s.kind.l2cache}}
 	}
-	return open(context.Background(), store, opt, &s.defects)
+	return open(context.Background(), store, opt, &hooks{
+		defects: s.defects,
+		stored:  func(off int, b []byte) { log.Note(simStored{off, bytes.Clone(b)}) },
+	})
 }
 
 // simRefs opens the backing image: bytes in memory.
@@ -220,7 +242,7 @@ func (s *sim) end(o *simOp, err error) {
 // run carries out the workload, and leaves the image as it is after a last
 // flush, without closing it.
 func (s *sim) run() error {
-	im, err := s.open(s.store)
+	im, err := s.open(s.store, s.journal, s.log)
 	if err != nil {
 		return err
 	}
@@ -353,11 +375,13 @@ func (s *sim) floor(p int) int {
 // A simTally counts what was looked at.
 type simTally struct {
 	cuts, reads, leaky, judged int
+	kills, killCuts            int // takeovers, and power cuts during them
 }
 
 // verify looks at a share of the crash points, and returns what is wrong with
-// the first that is.
-func (s *sim) verify(points int, tally *simTally) error {
+// the first that is. At some it kills the process instead, and lets another
+// take over.
+func (s *sim) verify(points, kills int, tally *simTally) error {
 	r := rand.New(rand.NewPCG(s.seed, 99))
 	for _, o := range s.reads {
 		tally.reads++
@@ -367,24 +391,106 @@ func (s *sim) verify(points int, tally *simTally) error {
 	}
 	events := s.log.Events()
 	disk := s.log.NewDisk(r)
+	var memory []byte
+	killAt := map[int]bool{}
+	if s.journal != nil {
+		memory = newJournalMemory(s.kind.journal)
+		for range kills {
+			killAt[r.IntN(len(events))] = true
+		}
+	}
 	each := max(float64(len(events))/float64(points), 0.5)
 	next := 0.0
 	for i := 0; i <= len(events); i++ {
 		if i > 0 {
 			disk.Step(events[i-1])
+			if n, ok := events[i-1].Note.(simStored); ok {
+				copy(memory[n.off:], n.b)
+			}
 		}
 		for ; next <= float64(i); next += each {
-			img := disk.Crash()[0]
 			tally.cuts++
-			v := crashJudge(img, nil, s.backing)
-			if len(v.corrupt) > 0 {
-				return fmt.Errorf("power cut at %d of %d: %s", i, len(events), v.corrupt[0])
+			leaky, err := s.cut(disk, s.floor(i), i)
+			if err != nil {
+				return fmt.Errorf("power cut at %d of %d: %w", i, len(events), err)
 			}
-			if w := s.illegal(v.guest, s.floor(i), i); w != "" {
-				return fmt.Errorf("power cut: %s", w)
-			}
-			if v.leaks > 0 {
+			if leaky {
 				tally.leaky++
+			}
+		}
+		if killAt[i] {
+			if err := s.kill(disk, memory, i, r, tally, true); err != nil {
+				return fmt.Errorf("killed at %d of %d: %w", i, len(events), err)
+			}
+		}
+	}
+	return nil
+}
+
+// cut looks at one image that a power cut may leave.
+func (s *sim) cut(disk *storagetest.Disk, floor, p int) (leaky bool, err error) {
+	v := crashJudge(disk.Crash()[0], nil, s.backing)
+	if len(v.corrupt) > 0 {
+		return false, errors.New(v.corrupt[0])
+	}
+	if w := s.illegal(v.guest, floor, p); w != "" {
+		return false, errors.New(w)
+	}
+	return v.leaks > 0, nil
+}
+
+// kill ends the process at position p and lets another one take over: what
+// was acknowledged is there. Then it cuts the power at every step of the
+// takeover, and kills that too, once.
+func (s *sim) kill(disk *storagetest.Disk, memory []byte, p int, r *rand.Rand, tally *simTally, again bool) error {
+	tally.kills++
+	log := new(storagetest.Log)
+	store := log.NewStore(disk.Cache(0), s.store.Info())
+	journal := newJournalMemory(s.kind.journal)
+	copy(journal, memory)
+	im, err := s.open(store, journal, log)
+	if err != nil {
+		return fmt.Errorf("takeover: %w", err)
+	}
+	taken := log.Len()
+	guest := make([]byte, s.kind.size)
+	_, err = im.ReadAt(guest, 0)
+	im.writer.commit.stop()
+	im.mapping.close()
+	if err != nil {
+		return err
+	}
+	if w := s.illegal(guest, p, p); w != "" {
+		return fmt.Errorf("taken over: %s", w)
+	}
+	if v := crashJudge(store.Bytes(), nil, s.backing); len(v.corrupt) > 0 {
+		return fmt.Errorf("taken over: %s", v.corrupt[0])
+	}
+	events := log.Events()
+	during := disk.Fork()
+	second := r.IntN(len(events) + 1)
+	memory = bytes.Clone(memory)
+	floor, synced := s.floor(p), false
+	aligned := newJournalMemory(s.kind.journal)
+	for i := 0; i <= len(events); i++ {
+		if i > 0 {
+			during.Step(events[i-1])
+			if n, ok := events[i-1].Note.(simStored); ok {
+				copy(memory[n.off:], n.b)
+			}
+			synced = synced || events[i-1].Kind == storagetest.EventSyncEnd
+		}
+		if i >= taken && synced {
+			floor = p // what was in the journal is durable, and so is the data
+		}
+		tally.killCuts++
+		if _, err := s.cut(during, floor, p); err != nil {
+			return fmt.Errorf("power cut at %d of %d of the takeover: %w", i, len(events), err)
+		}
+		if again && i == second {
+			copy(aligned, memory)
+			if err := s.kill(during, aligned, p, r, tally, false); err != nil {
+				return fmt.Errorf("killed again at %d of %d of the takeover: %w", i, len(events), err)
 			}
 		}
 	}

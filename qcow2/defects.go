@@ -1,5 +1,11 @@
 package qcow2
 
+// hooks are what tests of the package reach into an image by.
+type hooks struct {
+	defects defects
+	stored  func(off int, b []byte) // told what changes in the journal's memory
+}
+
 // defects are rules switched off, one at a time, by the test that shows that
 // the crash simulator notices. The zero value, which every image has outside
 // of that test, keeps them all.

@@ -58,10 +58,10 @@ type files struct {
 
 // Open opens an image. It takes ownership of s if it succeeds.
 func Open(ctx context.Context, s storage.Store, opt image.Options) (*Image, error) {
-	return open(ctx, s, opt, new(defects))
+	return open(ctx, s, opt, new(hooks))
 }
 
-func open(ctx context.Context, s storage.Store, opt image.Options, d *defects) (_ *Image, err error) {
+func open(ctx context.Context, s storage.Store, opt image.Options, hooks *hooks) (_ *Image, err error) {
 	o, err := parseOptions(opt.Params)
 	if err != nil {
 		return nil, err
@@ -104,7 +104,7 @@ func open(ctx context.Context, s storage.Store, opt image.Options, d *defects) (
 		return nil, err
 	}
 	if !opt.ReadOnly {
-		if im.writer, err = newWriter(im.disk, h, &opt, d); err != nil {
+		if im.writer, err = newWriter(im.disk, h, &opt, hooks); err != nil {
 			im.mapping.close()
 			return nil, err
 		}

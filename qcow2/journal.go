@@ -2,29 +2,49 @@ package qcow2
 
 import (
 	"encoding/binary"
+	"errors"
 	"hash/crc32"
 	"sync/atomic"
 	"unsafe"
+
+	"github.com/imgnbd/imgnbd/image"
 )
 
 // A journal is what acknowledged requests need to outlive the process: a ring
 // of records in memory that does. Each says that an L2 entry changed. Tables
 // and counts are not in it; who replays it makes them again.
 //
+// The memory begins with a header of one page, of which base and failed change
+// while it is in use:
+//
+//	 0  magic     8 bytes, written last
+//	 8  slots     records that the ring has room for
+//	16  base      number of the first record that is needed
+//	24  failed    not zero after a failed sync
+//	32  identity  CRC-32C of what must not have changed in the image's header
+//	40  name      length, then the identity of the store, at most 512 bytes
+//
 // A record is 32 bytes: a commit word, the guest cluster, the new L2 entry and
-// the old one, little-endian. The commit word is the record's number in the
-// upper half and a CRC-32C of the other 24 bytes in the lower, and is stored
-// last, atomically: a slot with another number or CRC is none, but not the end.
+// the old one. The commit word is the record's number in the upper half and a
+// CRC-32C of the other 24 bytes in the lower, and is stored last, atomically:
+// a slot with another number or CRC is none, but not the end. All numbers are
+// in the machine's byte order, as they never leave it.
 type journal struct {
-	ring []byte
-	base *atomic.Uint64 // in the same memory: the first record that is needed
-	next atomic.Uint64  // number of the next record
-	held atomic.Uint64  // slots promised to requests
+	memory []byte
+	ring   []byte
+	base   *atomic.Uint64
+	next   atomic.Uint64 // number of the next record
+	held   atomic.Uint64 // slots promised to requests
 
-	appended func(record) // told of each record, in tests
+	stored func(off int, b []byte) // told what is stored in memory, in tests
 }
 
-const recordSize = 32
+const (
+	journalMagic  = 0x316a646e62676d69 // "imgnbdj1"
+	journalHeader = 4096
+	recordSize    = 32
+	minJournal    = journalHeader + 64*recordSize
+)
 
 // A record is one entry of a journal.
 type record struct {
@@ -33,6 +53,89 @@ type record struct {
 }
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// openJournal looks at memory that a process may have left, and returns the
+// records that are needed. identity and name are those of the image.
+func openJournal(memory []byte, identity uint32, name string) (j *journal, records []record, err error) {
+	if len(memory) < minJournal || uintptr(unsafe.Pointer(&memory[0]))%8 != 0 {
+		return nil, nil, errors.New("the memory for the journal is too small or not aligned")
+	}
+	j = &journal{memory: memory}
+	j.base = j.word(16)
+	slots := uint64(len(memory)-journalHeader) / recordSize
+	j.ring = memory[journalHeader:][:slots*recordSize]
+	be := binary.NativeEndian
+	if j.word(0).Load() != journalMagic {
+		return j, nil, nil
+	}
+	if be.Uint64(memory[8:]) != slots {
+		return nil, nil, errors.New("the journal is of another size")
+	}
+	failed := be.Uint64(memory[24:]) != 0
+	base := j.base.Load()
+	for n := base; n < base+slots; n++ {
+		p := j.slot(n)
+		w := (*atomic.Uint64)(unsafe.Pointer(&p[0])).Load()
+		if w>>32 != n&(1<<32-1) || uint32(w) != crc32.Checksum(p[8:], castagnoli) {
+			continue
+		}
+		records = append(records, record{be.Uint64(p[8:]), l2Entry(be.Uint64(p[16:])), l2Entry(be.Uint64(p[24:]))})
+		j.next.Store(n + 1)
+	}
+	if len(records) == 0 && !failed {
+		return j, nil, nil
+	}
+	nameLen := min(be.Uint64(memory[40:]), 512)
+	if be.Uint32(memory[32:]) != identity || string(memory[48:][:nameLen]) != name[:min(len(name), 512)] {
+		return nil, nil, &image.Hint{
+			Err:    errors.New("the journal is of another image, or the image was changed since"),
+			Advice: "the process that kept this journal died with writes in it that no image has yet",
+		}
+	}
+	if failed {
+		return nil, nil, &image.Hint{
+			Err:    errors.New("a sync of the image failed before the process that wrote to it died"),
+			Advice: "what was written since is lost; without the journal the image is as it was last made durable, or later",
+		}
+	}
+	return j, records, nil
+}
+
+// start makes the journal empty, and of this image.
+func (j *journal) start(identity uint32, name string) {
+	name = name[:min(len(name), 512)]
+	j.next.Store(max(j.next.Load(), j.base.Load(), 1))
+	j.store(0, 0) // invalid while it changes
+	binary.NativeEndian.PutUint64(j.memory[8:], uint64(len(j.ring)/recordSize))
+	binary.NativeEndian.PutUint64(j.memory[32:], uint64(identity))
+	binary.NativeEndian.PutUint64(j.memory[40:], uint64(len(name)))
+	copy(j.memory[48:], name)
+	j.trace(8, 48+512-8)
+	j.store(24, 0)
+	j.discard(j.end())
+	j.store(0, journalMagic)
+}
+
+// void makes the journal one that says nothing, of no image.
+func (j *journal) void() { j.store(0, 0) }
+
+// fail notes that a sync failed, for a successor.
+func (j *journal) fail() { j.store(24, 1) }
+
+func (j *journal) word(off int) *atomic.Uint64 {
+	return (*atomic.Uint64)(unsafe.Pointer(&j.memory[off]))
+}
+
+func (j *journal) store(off int, v uint64) {
+	j.word(off).Store(v)
+	j.trace(off, 8)
+}
+
+func (j *journal) trace(off, n int) {
+	if j.stored != nil {
+		j.stored(off, j.memory[off:off+n])
+	}
+}
 
 // slots returns how many records the ring has room for.
 func (j *journal) slots() uint64 { return uint64(len(j.ring)) / recordSize }
@@ -55,14 +158,12 @@ func (j *journal) unreserve(n int) { j.held.Add(-uint64(n)) }
 func (j *journal) append(r record) {
 	n := j.next.Add(1) - 1
 	p := j.slot(n)
-	binary.LittleEndian.PutUint64(p[8:], r.cluster)
-	binary.LittleEndian.PutUint64(p[16:], uint64(r.now))
-	binary.LittleEndian.PutUint64(p[24:], uint64(r.old))
+	binary.NativeEndian.PutUint64(p[8:], r.cluster)
+	binary.NativeEndian.PutUint64(p[16:], uint64(r.now))
+	binary.NativeEndian.PutUint64(p[24:], uint64(r.old))
 	sum := crc32.Checksum(p[8:], castagnoli)
 	(*atomic.Uint64)(unsafe.Pointer(&p[0])).Store(n<<32 | uint64(sum))
-	if j.appended != nil {
-		j.appended(r)
-	}
+	j.trace(journalHeader+int(n%j.slots())*recordSize, recordSize)
 }
 
 func (j *journal) slot(n uint64) []byte {
@@ -73,4 +174,4 @@ func (j *journal) slot(n uint64) []byte {
 func (j *journal) end() uint64 { return j.next.Load() }
 
 // discard drops the records below a number: what they say is durable (R13).
-func (j *journal) discard(below uint64) { j.base.Store(below) }
+func (j *journal) discard(below uint64) { j.store(16, below) }

@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"encoding/binary"
+	"runtime"
 	"sync"
 	"sync/atomic"
 )
@@ -219,7 +220,7 @@ func (c *changes) set(s *slice, i int, e l2Entry, b l2Bitmap) {
 	if s.ndirty == 0 && !c.defects.listLate {
 		c.list(s)
 	}
-	if c.journal != nil && !c.defects.noJournal {
+	if c.journal != nil && !c.defects.noJournal && !c.defects.journalLate {
 		c.journal.append(record{s.no<<g.sliceBits + uint64(i), e, oldEntry})
 	}
 	if s.disk == nil {
@@ -233,6 +234,9 @@ func (c *changes) set(s *slice, i int, e l2Entry, b l2Bitmap) {
 		}
 	}
 	if s.ndirty == 0 && c.defects.listLate {
+		for range 100 { // the window is narrow otherwise
+			runtime.Gosched()
+		}
 		c.list(s)
 	}
 	if s.dirty[i/64]&(1<<(i%64)) == 0 {
@@ -240,6 +244,12 @@ func (c *changes) set(s *slice, i int, e l2Entry, b l2Bitmap) {
 		s.ndirty++
 	}
 	s.setEntry(i, g.entryWords, e, b)
+	if c.journal != nil && c.defects.journalLate {
+		go func() {
+			runtime.Gosched()
+			c.journal.append(record{s.no<<g.sliceBits + uint64(i), e, oldEntry})
+		}()
+	}
 	c.drop(s, oldEntry, e)
 }
 

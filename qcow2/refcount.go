@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"syscall"
 
 	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/storage"
@@ -221,6 +222,32 @@ func (r *refcounts) extend(a *allocator) error {
 	return nil
 }
 
+// cover sees to it that cluster c, below the tail, has a refcount block, before
+// anything was handed out by a.
+func (r *refcounts) cover(a *allocator, c int64) error {
+	for r.covered(c) == c && c < r.end {
+		i := c >> r.g.refBlockBits
+		if tail := a.tail >> r.g.refBlockBits; r.covered(a.tail) == a.tail {
+			i = tail // first the block that counts the blocks
+		}
+		if a.tail >= r.end {
+			return syscall.ENOSPC
+		}
+		if i < int64(len(r.table)) {
+			if err := r.makeBlock(a, i); err != nil {
+				return err
+			}
+		} else if grew, err := r.growTable(a); err != nil || !grew {
+			return first(err, syscall.ENOSPC)
+		}
+	}
+	return nil
+}
+
+// pending reports whether there is something to link.
+func (r *refcounts) pending() bool { return len(r.made) > 0 || r.grown != nil }
+
+// makeBlock makes the refcount block of range i, at the tail.
 func (r *refcounts) makeBlock(a *allocator, i int64) error {
 	if r.table[i] != 0 {
 		a.limit = r.covered(a.limit)

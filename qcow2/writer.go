@@ -40,10 +40,11 @@ type writer struct {
 
 // newWriter makes d writable. What the image has that would come to harm is
 // refused here, by name.
-func newWriter(d *disk, h *header, opt *image.Options, defects *defects) (*writer, error) {
+func newWriter(d *disk, h *header, opt *image.Options, hooks *hooks) (*writer, error) {
 	if err := writable(h); err != nil {
 		return nil, err
 	}
+	defects := &hooks.defects
 	g, info := d.geo, d.store.Info()
 	size, err := d.store.Size()
 	if err != nil {
@@ -76,14 +77,32 @@ func newWriter(d *disk, h *header, opt *image.Options, defects *defects) (*write
 		tables: w.tables,
 		store:  d.store, g: g, changes: w.changes, alloc: w.alloc, refs: refs, epochs: d.epochs, defects: defects,
 		discard: info.Discard,
+		next:    newTicket(), wake: make(chan struct{}, 1), done: make(chan struct{}),
 	}
 	w.changes.crowded = func() { w.commit.ask() }
 	w.changes.crowd = d.mapping.cache.capacity() / 2
 	if g.dataFile {
 		w.commit.data = d.data
 	}
+	var journal *journal
+	var records []record
+	if opt.Journal != nil {
+		if journal, records, err = openJournal(opt.Journal, h.identity(), info.ID); err != nil {
+			return nil, err
+		}
+		journal.stored = hooks.stored
+	}
 	if err := w.clearFeatures(h); err != nil {
 		return nil, err
+	}
+	if len(records) > 0 {
+		if err := w.replay(records); err != nil {
+			return nil, fmt.Errorf("taking over from a process that died: %w", err)
+		}
+	}
+	if journal != nil {
+		journal.start(h.identity(), info.ID)
+		w.journal, w.changes.journal, w.commit.journal = journal, journal, journal
 	}
 	d.info.ReadOnly, d.info.Discard, d.info.FastZero = false, true, g.version >= 3
 	w.commit.start()
@@ -319,5 +338,8 @@ func (w *writer) close() error {
 		err = w.commit.commit() // the counts of what was freed
 	}
 	w.commit.stop()
+	if err == nil && w.journal != nil {
+		w.journal.void()
+	}
 	return err
 }

@@ -1,0 +1,193 @@
+package qcow2
+
+import (
+	"fmt"
+	"hash/crc32"
+	"iter"
+	"slices"
+)
+
+// identity sums up what of a header never changes while the image is open for
+// writing, and does when it is replaced, resized or given snapshots elsewhere.
+func (h *header) identity() uint32 {
+	b := fmt.Appendf(nil, "%d %d %d %d %d %d %d %q", h.version, h.clusterBits, h.size, h.l1Size, h.l1Offset,
+		h.snapshotCount, h.snapshotOffset, h.backing)
+	return crc32.Checksum(b, castagnoli)
+}
+
+// A takeover brings back what a process that died had acknowledged but not
+// committed. The store is as the process left it in the host's memory, and the
+// journal says which entries differ from what was true for its clients.
+//
+// Nothing the journal says is changed until all of it is durable, so a
+// takeover that dies too is begun again.
+type takeover struct {
+	*writer
+	final map[uint64]l2Entry          // by guest cluster
+	known map[uint64]map[l2Entry]bool // values that an entry had
+	used  map[int64]bool              // host clusters that final entries use
+	past  map[int64]bool              // other clusters of ours that entries used
+}
+
+// replay carries out a takeover. The committer does not run yet.
+func (w *writer) replay(records []record) error {
+	t := &takeover{writer: w, final: map[uint64]l2Entry{}, known: map[uint64]map[l2Entry]bool{}, used: map[int64]bool{}, past: map[int64]bool{}}
+	if err := t.collect(records); err != nil {
+		return err
+	}
+	if err := t.room(); err != nil {
+		return err
+	}
+	if err := t.count(); err != nil {
+		return err
+	}
+	return t.link()
+}
+
+// collect finds out what the records come to.
+func (t *takeover) collect(records []record) error {
+	g := t.geo
+	host := func(e l2Entry) int64 { return e.host() >> g.clusterBits }
+	for _, r := range records {
+		if int64(r.cluster) > (t.info.Size-1)>>g.clusterBits {
+			return fmt.Errorf("the journal names guest cluster %d, past the end", r.cluster)
+		}
+		if t.known[r.cluster] == nil {
+			t.known[r.cluster] = map[l2Entry]bool{}
+		}
+		t.known[r.cluster][r.old] = true
+		t.known[r.cluster][r.now] = true
+		t.final[r.cluster] = r.now
+		for _, e := range []l2Entry{r.now, r.old} {
+			if e.copied() && !e.compressed() && e.host() != 0 && !g.dataFile {
+				t.past[host(e)] = true
+			}
+		}
+	}
+	for c, e := range t.final {
+		if e.compressed() || !e.copied() || e.host() == 0 || g.dataFile {
+			continue
+		}
+		if t.used[host(e)] {
+			return fmt.Errorf("the journal gives host cluster %#x to two guest clusters, one of them %d", e.host(), c)
+		}
+		t.used[host(e)] = true
+		delete(t.past, host(e))
+	}
+	// A cluster that was freed may have become a table since.
+	for i := range t.mapping.l1 {
+		delete(t.past, l1Entry(t.mapping.l1[i].Load()).host()>>g.clusterBits)
+	}
+	for _, e := range t.commit.refs.table {
+		delete(t.past, e.host()>>g.clusterBits)
+	}
+	return nil
+}
+
+// room moves the allocator's tail over all that the journal names, and sees to
+// it that all of it has refcounts. Blocks that are missing are made and linked
+// by a commit of their own: the entries that come next rely on them.
+func (t *takeover) room() error {
+	a, refs, top := t.alloc, t.commit.refs, int64(0)
+	for c := range t.named() {
+		top = max(top, c+1)
+	}
+	if top > refs.end {
+		return fmt.Errorf("the journal names host cluster %d, past the end of the store", top-1)
+	}
+	a.tail = max(a.tail, top)
+	a.limit = max(a.tail, refs.covered(a.tail))
+	a.fresh = max(a.fresh, a.tail)
+	refs.scanEnd = a.tail
+	for c := range t.named() {
+		if err := refs.cover(a, c); err != nil {
+			return err
+		}
+	}
+	if !refs.pending() {
+		return nil
+	}
+	return t.commit.once()
+}
+
+// named yields the host clusters that the journal says were ours.
+func (t *takeover) named() iter.Seq[int64] {
+	return func(yield func(int64) bool) {
+		for _, m := range []map[int64]bool{t.used, t.past} {
+			for c := range m {
+				if !yield(c) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// count sees to it that nothing the journal names counts as free.
+func (t *takeover) count() error {
+	refs := t.commit.refs
+	for c := range t.named() {
+		n, err := refs.count(c)
+		switch {
+		case err != nil:
+			return err
+		case n == 0:
+			_, err = refs.add(c, +1)
+		case n > 1:
+			err = fmt.Errorf("host cluster %d, which the journal names, has refcount %d: the image was changed since", c, n)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// link sets the entries as they were last, by the path that any change takes,
+// and commits them. What they used in between falls free as if they had just
+// given it up (R14).
+func (t *takeover) link() error {
+	g := t.geo
+	clusters := make([]uint64, 0, len(t.final))
+	for c := range t.final {
+		clusters = append(clusters, c)
+	}
+	slices.Sort(clusters)
+	for _, c := range clusters {
+		for {
+			s, err := t.mapping.cache.get(c >> g.sliceBits)
+			if err != nil {
+				return err
+			}
+			i := int(c & (1<<g.sliceBits - 1))
+			found, b := s.entry(i, g.entryWords)
+			if !t.known[c][found] {
+				return fmt.Errorf("the L2 entry of guest cluster %d is %#x, which the journal does not know: the image was changed since", c, uint64(found))
+			}
+			if found == t.final[c] {
+				break
+			}
+			s.mu.Lock()
+			if !s.dead && t.changes.ensureTable(s) {
+				t.changes.set(s, i, t.final[c], b)
+				// What was exclusive is in past, or used by another entry now.
+				s.dropped = slices.DeleteFunc(s.dropped, func(r reference) bool { return !r.shared })
+				s.mu.Unlock()
+				break
+			}
+			s.mu.Unlock()
+			if err := t.commit.once(); err != nil {
+				return err
+			}
+		}
+	}
+	for c := range t.past {
+		r := hostRun{c, 1}
+		if t.defects.replayLowers {
+			t.alloc.give(r)
+			continue
+		}
+		t.commit.kept = append(t.commit.kept, reference{r, false})
+	}
+	return t.commit.once()
+}
