@@ -40,6 +40,12 @@ var simKinds = []simKind{
 	{name: "device", options: "cluster_size=1k", size: 256 << 10, hot: 128 << 10, workers: 4, ops: 200, device: 1 << 20, journal: 512},
 	{name: "device backing", options: "cluster_size=512,refcount_bits=64", size: 256 << 10, hot: 128 << 10, workers: 4, ops: 200, device: 1 << 20, backing: true},
 	{name: "full device", options: "cluster_size=1k", size: 256 << 10, hot: 128 << 10, workers: 4, ops: 200, device: 128 << 10},
+	{name: "subclusters", options: "extended_l2=on,cluster_size=16k", size: 512 << 10, hot: 64 << 10, workers: 4, ops: 200, journal: 2048},
+	{name: "subclusters backing", options: "extended_l2=on,cluster_size=16k", size: 512 << 10, hot: 32 << 10, workers: 4, ops: 200, backing: true, journal: 128},
+	{name: "subclusters snapshots", options: "extended_l2=on,cluster_size=16k", size: 256 << 10, hot: 64 << 10, workers: 4, ops: 200,
+		before: []string{"write -P 1 0 100k", "write -z 32k 20k"}, after: [][]string{{"snapshot", "-c", "one"}}},
+	{name: "data file", options: "cluster_size=4k", size: 256 << 10, hot: 64 << 10, workers: 4, ops: 200, backing: true, dataFile: true, journal: 1024},
+	{name: "raw data file", options: "cluster_size=4k,data_file_raw=on", size: 256 << 10, hot: 64 << 10, workers: 4, ops: 200, dataFile: true},
 	{name: "version 2 backing", options: "compat=0.10,cluster_size=4k", size: 256 << 10, hot: 32 << 10, workers: 4, ops: 200, backing: true},
 }
 

@@ -33,18 +33,19 @@ const sim512 = storagetest.SectorSize
 
 // A simKind is a kind of image, and a workload for it.
 type simKind struct {
-	name    string
-	options string // of qemu-img create
-	size    int64  // bytes of the disk; hot: of its part that gets most requests
-	hot     int64
-	workers int
-	ops     int
-	backing bool
-	device  int64      // bytes of a device of fixed size that holds the image; 0: a file
-	before  []string   // commands of qemu-io on the new image
-	after   [][]string // arguments of qemu-img then, before FILE
-	l2cache string
-	journal int // records; 0: none
+	name     string
+	options  string // of qemu-img create
+	size     int64  // bytes of the disk; hot: of its part that gets most requests
+	hot      int64
+	workers  int
+	ops      int
+	backing  bool
+	device   int64      // bytes of a device of fixed size that holds the image; 0: a file
+	before   []string   // commands of qemu-io on the new image
+	after    [][]string // arguments of qemu-img then, before FILE
+	l2cache  string
+	journal  int // records; 0: none
+	dataFile bool
 }
 
 // A simOp is a request. Its times are positions in the record.
@@ -70,6 +71,7 @@ type sim struct {
 	defects defects
 	log     *storagetest.Log
 	store   *storagetest.Recorder
+	data    *storagetest.Recorder // nil: no external data file
 	backing []byte
 	initial []byte // what the disk read as before
 	journal []byte // nil: none
@@ -95,6 +97,9 @@ func simBlank(t testing.TB, k *simKind) []byte {
 			t.Fatal(err)
 		}
 		options += ",backing_fmt=raw,backing_file=" + back
+	}
+	if k.dataFile {
+		options += ",data_file=" + filepath.Join(t.TempDir(), "data")
 	}
 	file := qemu.Create(t, "qcow2", options, fmt.Sprint(k.size))
 	if len(k.before) > 0 {
@@ -131,7 +136,12 @@ func newSim(t testing.TB, k *simKind, seed uint64, d defects) *sim {
 	if k.backing {
 		s.backing = simBacking(k)
 	}
-	s.initial = crashJudge(blank, nil, s.backing).guest
+	if k.dataFile {
+		s.data = s.log.NewStore(make([]byte, k.size), storage.Info{NewReadsZero: true})
+		s.initial = crashJudge(blank, s.data.Bytes(), s.backing).guest
+	} else {
+		s.initial = crashJudge(blank, nil, s.backing).guest
+	}
 	if k.journal > 0 {
 		s.journal = newJournalMemory(k.journal)
 	}
@@ -193,8 +203,8 @@ type simStored struct {
 
 // open opens the image in a store as the sim does, and notes in log what
 // happens to its journal.
-func (s *sim) open(store storage.Store, journal []byte, log *storagetest.Log) (*Image, error) {
-	opt := image.Options{Refs: simRefs{s.backing}, Journal: journal}
+func (s *sim) open(store, data storage.Store, journal []byte, log *storagetest.Log) (*Image, error) {
+	opt := image.Options{Refs: simRefs{s.backing, data}, Journal: journal}
 	if s.kind.l2cache != "" {
 		opt.Params = []image.Param{{Key: "l2-cache-size", Value: s.kind.l2cache}}
 	}
@@ -204,15 +214,18 @@ func (s *sim) open(store storage.Store, journal []byte, log *storagetest.Log) (*
 	})
 }
 
-// simRefs opens the backing image: bytes in memory.
-type simRefs struct{ backing []byte }
+// simRefs opens the backing image, bytes in memory, and the data file.
+type simRefs struct {
+	backing []byte
+	data    storage.Store
+}
 
 func (r simRefs) OpenImage(ctx context.Context, _ image.Reference) (image.Device, error) {
 	return raw.Format().Open(ctx, storagetest.MemOf(r.backing), image.Options{ReadOnly: true})
 }
 
 func (r simRefs) OpenStore(context.Context, image.Reference, bool) (storage.Store, error) {
-	return nil, errors.ErrUnsupported
+	return r.data, nil
 }
 
 // begin enters a request in the record.
@@ -242,7 +255,7 @@ func (s *sim) end(o *simOp, err error) {
 // run carries out the workload, and leaves the image as it is after a last
 // flush, without closing it.
 func (s *sim) run() error {
-	im, err := s.open(s.store, s.journal, s.log)
+	im, err := s.open(s.store, s.data, s.journal, s.log)
 	if err != nil {
 		return err
 	}
@@ -429,7 +442,12 @@ func (s *sim) verify(points, kills int, tally *simTally) error {
 
 // cut looks at one image that a power cut may leave.
 func (s *sim) cut(disk *storagetest.Disk, floor, p int) (leaky bool, err error) {
-	v := crashJudge(disk.Crash()[0], nil, s.backing)
+	left := disk.Crash()
+	var data []byte
+	if s.data != nil {
+		data = left[1]
+	}
+	v := crashJudge(left[0], data, s.backing)
 	if len(v.corrupt) > 0 {
 		return false, errors.New(v.corrupt[0])
 	}
@@ -446,9 +464,13 @@ func (s *sim) kill(disk *storagetest.Disk, memory []byte, p int, r *rand.Rand, t
 	tally.kills++
 	log := new(storagetest.Log)
 	store := log.NewStore(disk.Cache(0), s.store.Info())
+	var data *storagetest.Recorder
+	if s.data != nil {
+		data = log.NewStore(disk.Cache(1), s.data.Info())
+	}
 	journal := newJournalMemory(s.kind.journal)
 	copy(journal, memory)
-	im, err := s.open(store, journal, log)
+	im, err := s.open(store, data, journal, log)
 	if err != nil {
 		return fmt.Errorf("takeover: %w", err)
 	}
@@ -463,7 +485,11 @@ func (s *sim) kill(disk *storagetest.Disk, memory []byte, p int, r *rand.Rand, t
 	if w := s.illegal(guest, p, p); w != "" {
 		return fmt.Errorf("taken over: %s", w)
 	}
-	if v := crashJudge(store.Bytes(), nil, s.backing); len(v.corrupt) > 0 {
+	var bytesOfData []byte
+	if data != nil {
+		bytesOfData = data.Bytes()
+	}
+	if v := crashJudge(store.Bytes(), bytesOfData, s.backing); len(v.corrupt) > 0 {
 		return fmt.Errorf("taken over: %s", v.corrupt[0])
 	}
 	events := log.Events()
@@ -499,6 +525,9 @@ func (s *sim) kill(disk *storagetest.Disk, memory []byte, p int, r *rand.Rand, t
 
 // judgeByQEMU lets qemu-img look at what the store holds at the end.
 func (s *sim) judgeByQEMU(t testing.TB, tally *simTally) {
+	if s.data != nil {
+		return // it is not where the image says
+	}
 	img := s.store.Bytes()
 	file := filepath.Join(t.TempDir(), "crash.qcow2")
 	if err := os.WriteFile(file, img, 0o600); err != nil {

@@ -24,7 +24,7 @@ import (
 //	32  identity  CRC-32C of what must not have changed in the image's header
 //	40  name      length, then the identity of the store, at most 512 bytes
 //
-// A record is 32 bytes: a commit word, the guest cluster, the new L2 entry and
+// A slot is 32 bytes: a commit word, the guest cluster, the new L2 entry and
 // the old one. The commit word is the record's number in the upper half and a
 // CRC-32C of the other 24 bytes in the lower, and is stored last, atomically:
 // a slot with another number or CRC is none, but not the end. All numbers are
@@ -46,11 +46,25 @@ const (
 	minJournal    = journalHeader + 64*recordSize
 )
 
-// A record is one entry of a journal.
+// A record says that an L2 entry changed. The bitmaps of an extended entry are
+// in a second slot, which is written first.
 type record struct {
 	cluster  uint64 // guest
-	now, old l2Entry
+	now, old entry
+	extended bool
 }
+
+// An entry is an L2 entry with the bitmap that an extended one has.
+type entry struct {
+	word   l2Entry
+	bitmap l2Bitmap
+}
+
+// Flags in the word that holds the cluster.
+const (
+	recordExtended = 1 << 63 // the next slot has the bitmaps
+	recordBitmaps  = 1 << 62 // this is that slot
+)
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
@@ -64,29 +78,39 @@ func openJournal(memory []byte, identity uint32, name string) (j *journal, recor
 	j.base = j.word(16)
 	slots := uint64(len(memory)-journalHeader) / recordSize
 	j.ring = memory[journalHeader:][:slots*recordSize]
-	be := binary.NativeEndian
+	native := binary.NativeEndian
 	if j.word(0).Load() != journalMagic {
 		return j, nil, nil
 	}
-	if be.Uint64(memory[8:]) != slots {
+	if native.Uint64(memory[8:]) != slots {
 		return nil, nil, errors.New("the journal is of another size")
 	}
-	failed := be.Uint64(memory[24:]) != 0
+	failed := native.Uint64(memory[24:]) != 0
 	base := j.base.Load()
 	for n := base; n < base+slots; n++ {
-		p := j.slot(n)
-		w := (*atomic.Uint64)(unsafe.Pointer(&p[0])).Load()
-		if w>>32 != n&(1<<32-1) || uint32(w) != crc32.Checksum(p[8:], castagnoli) {
+		cluster, now, old, ok := j.load(n)
+		if !ok {
 			continue
 		}
-		records = append(records, record{be.Uint64(p[8:]), l2Entry(be.Uint64(p[16:])), l2Entry(be.Uint64(p[24:]))})
 		j.next.Store(n + 1)
+		if cluster&recordBitmaps != 0 {
+			continue
+		}
+		r := record{cluster: cluster &^ recordExtended, now: entry{word: l2Entry(now)}, old: entry{word: l2Entry(old)}}
+		if cluster&recordExtended != 0 {
+			bitmaps, now, old, ok := j.load(n + 1)
+			if !ok || bitmaps != r.cluster|recordBitmaps {
+				continue
+			}
+			r.now.bitmap, r.old.bitmap, r.extended = l2Bitmap(now), l2Bitmap(old), true
+		}
+		records = append(records, r)
 	}
 	if len(records) == 0 && !failed {
 		return j, nil, nil
 	}
-	nameLen := min(be.Uint64(memory[40:]), 512)
-	if be.Uint32(memory[32:]) != identity || string(memory[48:][:nameLen]) != name[:min(len(name), 512)] {
+	nameLen := min(native.Uint64(memory[40:]), 512)
+	if native.Uint32(memory[32:]) != identity || string(memory[48:][:nameLen]) != name[:min(len(name), 512)] {
 		return nil, nil, &image.Hint{
 			Err:    errors.New("the journal is of another image, or the image was changed since"),
 			Advice: "the process that kept this journal died with writes in it that no image has yet",
@@ -156,14 +180,35 @@ func (j *journal) unreserve(n int) { j.held.Add(-uint64(n)) }
 // append adds a record, for which room was reserved. Records of one cluster
 // are in order because the slice is locked.
 func (j *journal) append(r record) {
-	n := j.next.Add(1) - 1
+	if !r.extended {
+		j.put(j.next.Add(1)-1, r.cluster, uint64(r.now.word), uint64(r.old.word))
+		return
+	}
+	n := j.next.Add(2) - 2
+	j.put(n+1, r.cluster|recordBitmaps, uint64(r.now.bitmap), uint64(r.old.bitmap))
+	j.put(n, r.cluster|recordExtended, uint64(r.now.word), uint64(r.old.word))
+}
+
+// put fills slot n and then makes it valid.
+func (j *journal) put(n, cluster, now, old uint64) {
 	p := j.slot(n)
-	binary.NativeEndian.PutUint64(p[8:], r.cluster)
-	binary.NativeEndian.PutUint64(p[16:], uint64(r.now))
-	binary.NativeEndian.PutUint64(p[24:], uint64(r.old))
+	binary.NativeEndian.PutUint64(p[8:], cluster)
+	binary.NativeEndian.PutUint64(p[16:], now)
+	binary.NativeEndian.PutUint64(p[24:], old)
 	sum := crc32.Checksum(p[8:], castagnoli)
 	(*atomic.Uint64)(unsafe.Pointer(&p[0])).Store(n<<32 | uint64(sum))
 	j.trace(journalHeader+int(n%j.slots())*recordSize, recordSize)
+}
+
+// load returns what is in slot n, if that is what was put there last.
+func (j *journal) load(n uint64) (cluster, now, old uint64, ok bool) {
+	p := j.slot(n)
+	w := (*atomic.Uint64)(unsafe.Pointer(&p[0])).Load()
+	if w>>32 != n&(1<<32-1) || uint32(w) != crc32.Checksum(p[8:], castagnoli) {
+		return 0, 0, 0, false
+	}
+	native := binary.NativeEndian
+	return native.Uint64(p[8:]), native.Uint64(p[16:]), native.Uint64(p[24:]), true
 }
 
 func (j *journal) slot(n uint64) []byte {

@@ -127,7 +127,7 @@ func TestJournalTornRecord(t *testing.T) {
 				t.Fatal("no room after discarding")
 			}
 		}
-		j.append(record{cluster: i, now: l2Entry(i)})
+		j.append(record{cluster: i, now: entry{word: l2Entry(i)}})
 		j.unreserve(1)
 	}
 	memory[journalHeader+int((j.end()-2)%j.slots())*recordSize+20] ^= 1

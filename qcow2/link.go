@@ -220,8 +220,9 @@ func (c *changes) set(s *slice, i int, e l2Entry, b l2Bitmap) {
 	if s.ndirty == 0 && !c.defects.listLate {
 		c.list(s)
 	}
+	rec := record{s.no<<g.sliceBits + uint64(i), entry{e, b}, entry{oldEntry, oldBitmap}, g.extended}
 	if c.journal != nil && !c.defects.noJournal && !c.defects.journalLate {
-		c.journal.append(record{s.no<<g.sliceBits + uint64(i), e, oldEntry})
+		c.journal.append(rec)
 	}
 	if s.disk == nil {
 		s.disk = make([]byte, g.sliceSize())
@@ -247,7 +248,7 @@ func (c *changes) set(s *slice, i int, e l2Entry, b l2Bitmap) {
 	if c.journal != nil && c.defects.journalLate {
 		go func() {
 			runtime.Gosched()
-			c.journal.append(record{s.no<<g.sliceBits + uint64(i), e, oldEntry})
+			c.journal.append(rec)
 		}()
 	}
 	c.drop(s, oldEntry, e)

@@ -23,15 +23,15 @@ func (h *header) identity() uint32 {
 // takeover that dies too is begun again.
 type takeover struct {
 	*writer
-	final map[uint64]l2Entry          // by guest cluster
-	known map[uint64]map[l2Entry]bool // values that an entry had
-	used  map[int64]bool              // host clusters that final entries use
-	past  map[int64]bool              // other clusters of ours that entries used
+	final map[uint64]entry          // by guest cluster
+	known map[uint64]map[entry]bool // values that an entry had
+	used  map[int64]bool            // host clusters that final entries use
+	past  map[int64]bool            // other clusters of ours that entries used
 }
 
 // replay carries out a takeover. The committer does not run yet.
 func (w *writer) replay(records []record) error {
-	t := &takeover{writer: w, final: map[uint64]l2Entry{}, known: map[uint64]map[l2Entry]bool{}, used: map[int64]bool{}, past: map[int64]bool{}}
+	t := &takeover{writer: w, final: map[uint64]entry{}, known: map[uint64]map[entry]bool{}, used: map[int64]bool{}, past: map[int64]bool{}}
 	if err := t.collect(records); err != nil {
 		return err
 	}
@@ -53,18 +53,19 @@ func (t *takeover) collect(records []record) error {
 			return fmt.Errorf("the journal names guest cluster %d, past the end", r.cluster)
 		}
 		if t.known[r.cluster] == nil {
-			t.known[r.cluster] = map[l2Entry]bool{}
+			t.known[r.cluster] = map[entry]bool{}
 		}
 		t.known[r.cluster][r.old] = true
 		t.known[r.cluster][r.now] = true
 		t.final[r.cluster] = r.now
-		for _, e := range []l2Entry{r.now, r.old} {
+		for _, e := range []l2Entry{r.now.word, r.old.word} {
 			if e.copied() && !e.compressed() && e.host() != 0 && !g.dataFile {
 				t.past[host(e)] = true
 			}
 		}
 	}
-	for c, e := range t.final {
+	for c, final := range t.final {
+		e := final.word
 		if e.compressed() || !e.copied() || e.host() == 0 || g.dataFile {
 			continue
 		}
@@ -160,16 +161,17 @@ func (t *takeover) link() error {
 				return err
 			}
 			i := int(c & (1<<g.sliceBits - 1))
-			found, b := s.entry(i, g.entryWords)
+			var found entry
+			found.word, found.bitmap = s.entry(i, g.entryWords)
 			if !t.known[c][found] {
-				return fmt.Errorf("the L2 entry of guest cluster %d is %#x, which the journal does not know: the image was changed since", c, uint64(found))
+				return fmt.Errorf("the L2 entry of guest cluster %d is %#x, which the journal does not know: the image was changed since", c, uint64(found.word))
 			}
 			if found == t.final[c] {
 				break
 			}
 			s.mu.Lock()
 			if !s.dead && t.changes.ensureTable(s) {
-				t.changes.set(s, i, t.final[c], b)
+				t.changes.set(s, i, t.final[c].word, t.final[c].bitmap)
 				// What was exclusive is in past, or used by another entry now.
 				s.dropped = slices.DeleteFunc(s.dropped, func(r reference) bool { return !r.shared })
 				s.mu.Unlock()

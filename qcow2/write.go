@@ -91,6 +91,13 @@ func (w *writer) allocate(s *slice, p []byte, off int64) (n int64, o obstacle, e
 	g := w.geo
 	lo := g.sliceIndex(off)
 	hi := min(1<<g.sliceBits, lo+int(g.clusters(g.within(off)+int64(len(p)))))
+	if g.extended {
+		whole := int64(len(p)) >> g.clusterBits
+		if g.within(off) != 0 || whole == 0 || w.elsewhere(s, lo, lo+1) == lo {
+			return w.allocateSubclusters(s, p, off)
+		}
+		hi = min(hi, lo+int(whole))
+	}
 	c, o := w.claim(s, lo, max(w.elsewhere(s, lo, hi), lo+1))
 	if c == nil {
 		return 0, o, nil
@@ -122,7 +129,8 @@ func (w *writer) allocate(s *slice, p []byte, off int64) (n int64, o obstacle, e
 	if w.defects.linkEarly {
 		w.link(c, lo, r)
 	}
-	if err := w.fillAndWrite(p[:n], off, r, fresh); err != nil {
+	at := r.first<<g.clusterBits + g.within(off)
+	if err := w.fillAndWrite(p[:n], off, at, g.clusterSize, fresh); err != nil {
 		if own {
 			w.alloc.give(r)
 		}
@@ -159,7 +167,7 @@ func (w *writer) room(s *slice, lo, hi int) (r hostRun, own, fresh, ok bool) {
 	}
 	for i := lo; i < hi; i++ {
 		e, _ := s.entry(i, g.entryWords)
-		kept := e.copied() && e.host() != 0 && !e.compressed() && (g.extended || e.zero())
+		kept := e.copied() && e.host() != 0 && !e.compressed() && e.zero()
 		switch {
 		case kept && i == lo:
 			r = hostRun{e.host() >> g.clusterBits, 1}
@@ -179,13 +187,82 @@ func (w *writer) room(s *slice, lo, hi int) (r hostRun, own, fresh, ok bool) {
 	return r, true, fresh || w.defects.alwaysFresh, ok
 }
 
-// fillAndWrite writes p to the clusters of r, as guest offset off, and around
-// it what the first and last of them read as now. The caller has claimed them.
-func (w *writer) fillAndWrite(p []byte, off int64, r hostRun, fresh bool) error {
+// allocateSubclusters writes a prefix of p, within one cluster that has
+// subclusters, where they are not in place. In a cluster that is ours alone
+// those that are in place are left alone: others write to them. A cluster that
+// is not ours is copied whole.
+func (w *writer) allocateSubclusters(s *slice, p []byte, off int64) (n int64, o obstacle, err error) {
 	g := w.geo
-	at := r.first<<g.clusterBits + g.within(off)
+	i := g.sliceIndex(off)
+	c, o := w.claim(s, i, i+1)
+	if c == nil {
+		return 0, o, nil
+	}
+	linked := false
+	defer func() {
+		if !linked {
+			c.abandon()
+		}
+	}()
+	if err := w.sound(s, i, i+1); err != nil {
+		return 0, obstacle{}, err
+	}
+	e, b := s.entry(i, g.entryWords)
+	sub := g.subclusterBits()
+	n = min(int64(len(p)), g.clusterSize-g.within(off))
+	lo, hi := uint(g.within(off)>>sub), uint((g.within(off)+n-1)>>sub)+1
+	own := g.kind(e) == clusterData && e.copied()
+	if own {
+		for k := lo; k < hi; k++ {
+			if b.allocated()>>k&1 != 0 {
+				hi = k
+			}
+		}
+		if hi == lo {
+			return 0, obstacle{kind: changed}, nil
+		}
+		n = min(n, int64(hi)<<sub-g.within(off))
+	}
+	if !w.reserve(1) {
+		return 0, obstacle{kind: needCommit}, nil
+	}
+	defer w.unreserve(1)
+	unit, fresh := int64(1)<<sub, false
+	written := l2Bitmap(1<<hi - 1<<lo)
+	now := b&^(written<<32) | written
+	if !own {
+		if e != 0 { // compressed, or shared
+			unit, now = g.clusterSize, allAllocated
+		}
+		var r hostRun
+		var given, ok bool
+		if r, given, fresh, ok = w.room(s, i, i+1); !ok {
+			return 0, obstacle{kind: needClusters}, nil
+		}
+		defer func() {
+			if !linked && given {
+				w.alloc.give(r)
+			}
+		}()
+		e = l2Entry(r.first<<g.clusterBits) | flagCopied
+	}
+	if err := w.fillAndWrite(p[:n], off, e.host()+g.within(off), unit, fresh); err != nil {
+		return 0, obstacle{}, err
+	}
+	linked = true
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	w.changes.set(s, i, e, now)
+	c.release()
+	return n, obstacle{}, nil
+}
+
+// fillAndWrite writes p, for guest offset off, at host offset at, and around
+// it what the first and last unit of it read as now: clusters or subclusters
+// that the caller has claimed.
+func (w *writer) fillAndWrite(p []byte, off, at, unit int64, fresh bool) error {
 	end := off + int64(len(p))
-	head, tail := g.within(off), g.ceil(end)-end
+	head, tail := off&(unit-1), -end&(unit-1)
 	if w.defects.noFill {
 		head, tail = 0, 0
 	}
@@ -200,18 +277,15 @@ func (w *writer) fillAndWrite(p []byte, off int64, r hostRun, fresh bool) error 
 			return err
 		}
 	}
-	// At most three writes: the cluster with a head, the middle, that with a tail.
+	// At most three writes: the unit with a head, the middle, that with a tail.
 	for len(p) > 0 {
-		n := int64(len(p))
-		h, t := head, tail
-		if h > 0 || t > 0 {
-			first := g.clusterSize - g.within(off)
-			switch {
-			case h > 0 && n > first:
-				n, t = first, 0
-			case h == 0 && n > first && n > g.within(end):
-				n, t = n-g.within(end), 0
-			}
+		n, h, t := int64(len(p)), head, tail
+		first, last := unit-off&(unit-1), end&(unit-1)
+		switch {
+		case h > 0 && n > first:
+			n, t = first, 0
+		case t > 0 && h == 0 && n > first && n > last:
+			n, t = n-last, 0
 		}
 		if h > 0 || t > 0 {
 			err = w.writeFilled(p[:n], off, at, h, t)
@@ -286,8 +360,12 @@ func (w *writer) link(c *claim, lo int, r hostRun) {
 	s := c.slice
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	whole := l2Bitmap(0)
+	if w.geo.extended {
+		whole = allAllocated
+	}
 	for i := range int(r.n) {
 		e := l2Entry((r.first+int64(i))<<w.geo.clusterBits) | flagCopied
-		w.changes.set(s, lo+i, e, 0)
+		w.changes.set(s, lo+i, e, whole)
 	}
 }

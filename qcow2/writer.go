@@ -30,6 +30,7 @@ type writer struct {
 	defects *defects
 
 	tables    *tableGuard
+	rawData   bool         // the external data file reads as the disk
 	stale     autoclear    // bits that must not be set once the disk has changed
 	clearOnce sync.Mutex   // guards the clearing of them
 	cleared   atomic.Bool  // they are off, durably
@@ -83,6 +84,7 @@ func newWriter(d *disk, h *header, opt *image.Options, hooks *hooks) (*writer, e
 	w.changes.crowd = d.mapping.cache.capacity() / 2
 	if g.dataFile {
 		w.commit.data = d.data
+		w.rawData = h.autoclear&autoclearDataFileRaw != 0
 	}
 	var journal *journal
 	var records []record
@@ -111,23 +113,12 @@ func newWriter(d *disk, h *header, opt *image.Options, hooks *hooks) (*writer, e
 
 // writable names what keeps an image from being written.
 func writable(h *header) error {
-	problem := ""
-	switch {
-	case h.incompatible&incompatDirty != 0:
-		return &image.Hint{
-			Err:    unsupported("the image was not closed properly, its reference counts are to be rebuilt"),
-			Advice: "run qemu-img check -r all on it, or open it read-only",
-		}
-	case h.incompatible&incompatExtendedL2 != 0:
-		problem = "subclusters (extended_l2)"
-	case h.incompatible&incompatDataFile != 0:
-		problem = "an external data file"
-	default:
+	if h.incompatible&incompatDirty == 0 {
 		return nil
 	}
 	return &image.Hint{
-		Err:    unsupported("writing to an image with %s is not supported", problem),
-		Advice: "open it read-only",
+		Err:    unsupported("the image was not closed properly, and its reference counts have to be rebuilt"),
+		Advice: "run qemu-img check -r all on it, or open it read-only",
 	}
 }
 
@@ -321,11 +312,13 @@ func (r *request) each(off, n int64, step func(off, n int64) (int64, obstacle, e
 }
 
 // reserve sees to it that n changes can be recorded.
-func (w *writer) reserve(n int) bool { return w.journal == nil || w.journal.reserve(n) }
+func (w *writer) reserve(n int) bool {
+	return w.journal == nil || w.journal.reserve(n*int(w.geo.entryWords))
+}
 
 func (w *writer) unreserve(n int) {
 	if w.journal != nil {
-		w.journal.unreserve(n)
+		w.journal.unreserve(n * int(w.geo.entryWords))
 	}
 }
 

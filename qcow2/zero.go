@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"errors"
+	"fmt"
 	"runtime"
 
 	"github.com/imgnbd/imgnbd/image"
@@ -37,6 +38,11 @@ func (r *request) writeZeroes(off, n int64, flags image.WriteFlags) error {
 		first, last = off+n, off+n
 	}
 	unmap := flags&image.MayUnmap != 0
+	if r.rawData {
+		// The file is the disk: it has to read as zeros too, and then nothing
+		// else has to change.
+		return r.data.WriteZeroes(off, n, flags&^image.FUA)
+	}
 	if flags&image.FastOnly != 0 {
 		if err := r.fastZero(off, min(first, off+n), last, off+n); err != nil {
 			return err
@@ -104,15 +110,16 @@ func (r *request) zeroClusters(off, n int64, unmap bool) error {
 		return r.zeroPart(off, n)
 	}
 	return r.each(off, n, func(off, n int64) (int64, obstacle, error) {
-		return r.changeClusters(off, n, func(e l2Entry, b l2Bitmap) (l2Entry, l2Bitmap) {
-			return r.zeroed(e, b, unmap)
-		})
+		return r.zeroSlice(off, n, unmap)
 	})
 }
 
 // discard gives up what whole clusters occupy. They read as zeros then: never
 // as what the backing image has.
 func (r *request) discard(off, n int64) error {
+	if r.rawData {
+		return r.data.Discard(off, n)
+	}
 	end := off + n
 	if end == r.info.Size {
 		end = r.geo.ceil(end)
@@ -127,22 +134,32 @@ func (r *request) discard(off, n int64) error {
 // zeroed returns the entry of a cluster after it was zeroed.
 func (w *writer) zeroed(e l2Entry, b l2Bitmap, unmap bool) (l2Entry, l2Bitmap) {
 	kind := w.geo.kind(e)
+	hole := kind == clusterUnallocated && w.backing == nil
+	keep := kind == clusterData && e.copied() && !unmap
+	if w.geo.extended {
+		switch {
+		case hole:
+			return e, b
+		case keep:
+			return e, allZero
+		case w.backing == nil:
+			return 0, 0
+		}
+		return 0, allZero
+	}
 	switch {
-	case kind == clusterUnallocated && w.backing == nil:
+	case hole, kind == clusterZeroPlain, kind == clusterZeroAlloc && !unmap:
 		return e, b
-	case kind == clusterZeroPlain, kind == clusterZeroAlloc && !unmap:
-		return e, b
-	case kind == clusterData && e.copied() && !unmap:
-		return e | flagZero, b
+	case keep:
+		return e | flagZero, 0
 	case w.backing == nil:
 		return 0, 0
 	}
 	return flagZero, 0
 }
 
-// changeClusters sets the entries of whole clusters to what f makes of them:
-// of those within one slice, from off on.
-func (w *writer) changeClusters(off, n int64, f func(l2Entry, l2Bitmap) (l2Entry, l2Bitmap)) (int64, obstacle, error) {
+// zeroSlice zeroes whole clusters from off on: those within one slice.
+func (w *writer) zeroSlice(off, n int64, unmap bool) (int64, obstacle, error) {
 	g := w.geo
 	s, err := w.mapping.cache.get(g.sliceNo(off))
 	if err != nil {
@@ -163,7 +180,7 @@ func (w *writer) changeClusters(off, n int64, f func(l2Entry, l2Bitmap) (l2Entry
 	differ := false
 	for i := lo; i < hi; i++ {
 		e, b := s.entry(i, g.entryWords)
-		e2, b2 := f(e, b)
+		e2, b2 := w.zeroed(e, b, unmap)
 		differ = differ || e2 != e || b2 != b
 	}
 	if !differ {
@@ -179,11 +196,19 @@ func (w *writer) changeClusters(off, n int64, f func(l2Entry, l2Bitmap) (l2Entry
 		c.abandon()
 		return 0, obstacle{kind: needClusters}, nil
 	}
+	if g.dataFile && unmap {
+		// Host and guest offset are one, so the space can be given up only while
+		// nobody can write there. What is lost is about to be zeros.
+		if err := w.data.Discard(off, did); err != nil {
+			c.abandon()
+			return 0, obstacle{}, fmt.Errorf("data at %#x: %w", off, err)
+		}
+	}
 	s.mu.Lock()
 	before := len(s.dropped)
 	for i := lo; i < hi; i++ {
 		e, b := s.entry(i, g.entryWords)
-		e, b = f(e, b)
+		e, b = w.zeroed(e, b, unmap)
 		w.changes.set(s, i, e, b)
 	}
 	dropped := len(s.dropped) - before
