@@ -361,3 +361,27 @@ func TestCreateRefuses(t *testing.T) {
 		t.Error("the store was touched")
 	}
 }
+
+// A data file has the size of the disk, and with preallocation the space of it.
+func TestCreateDataFile(t *testing.T) {
+	for prealloc, want := range map[string]int64{"off": 0, "metadata": 0, "falloc": 1 << 20, "full": 1 << 20} {
+		dir := t.TempDir()
+		data := filepath.Join(dir, "data")
+		if err := os.WriteFile(data, bytes.Repeat([]byte{0xee}, 2<<20), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		file := filepath.Join(dir, "disk.qcow2")
+		err := chain().Create(t.Context(), file, "qcow2", image.CreateOptions{Size: 1 << 20, Params: createParamsOf("data_file=data,preallocation=" + prealloc)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := os.ReadFile(data)
+		if err != nil || !bytes.Equal(b, make([]byte, 1<<20)) {
+			t.Errorf("%s: %d bytes, %v", prealloc, len(b), err)
+		}
+		in, err := chain().Inspect(t.Context(), data, image.OpenOptions{Format: "raw", ReadOnly: true})
+		if err != nil || in.DiskSize != want {
+			t.Errorf("%s: %d bytes on the disk, want %d, %v", prealloc, in.DiskSize, want, err)
+		}
+	}
+}

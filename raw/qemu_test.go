@@ -6,11 +6,13 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"syscall"
 	"testing"
 
 	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/internal/test/qemu"
 	"github.com/imgnbd/imgnbd/raw"
+	"github.com/imgnbd/imgnbd/storage"
 	"github.com/imgnbd/imgnbd/storage/file"
 )
 
@@ -94,5 +96,35 @@ func TestMapAsQEMU(t *testing.T) {
 	got += "]\n"
 	if want := qemu.Img(t, "map", "--output=json", "-f", "raw", path); got != want {
 		t.Errorf("extents\n%sand QEMU's\n%s", got, want)
+	}
+}
+
+// What is preallocated takes up space, as it does when qemu-img makes it.
+func TestCreatePreallocated(t *testing.T) {
+	qemu.Require(t, "qemu-img")
+	for _, prealloc := range []string{"off", "falloc", "full"} {
+		usage := func(path string) int64 {
+			var st syscall.Stat_t
+			if err := syscall.Stat(path, &st); err != nil {
+				t.Fatal(err)
+			}
+			return st.Blocks * 512
+		}
+		path := filepath.Join(t.TempDir(), "ours")
+		s, err := file.Open(t.Context(), &url.URL{Scheme: "file", Path: path}, storage.Options{Access: storage.WriteGrow, Create: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		if err := raw.Format().Create(t.Context(), s, image.CreateOptions{Size: 3 << 20, Params: []image.Param{{Key: "preallocation", Value: prealloc}}}); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Sync(); err != nil {
+			t.Fatal(err)
+		}
+		theirs := qemu.Create(t, "raw", "preallocation="+prealloc, "3M")
+		if got, want := usage(path) >= 3<<20, prealloc != "off"; got != want || usage(theirs) >= 3<<20 != want {
+			t.Errorf("%s: %d bytes, qemu-img's %d", prealloc, usage(path), usage(theirs))
+		}
 	}
 }

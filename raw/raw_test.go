@@ -270,12 +270,30 @@ func TestCreate(t *testing.T) {
 	if !bytes.Equal(m.Bytes(), make([]byte, 1<<20)) {
 		t.Error("a new image is not all zeros")
 	}
-	dev := storagetest.NewMem(1<<20, storagetest.FixedSize)
-	if err := create(t.Context(), dev, image.CreateOptions{Size: 1 << 19}); err != nil {
-		t.Errorf("on a larger device: %v", err)
+	// In memory zeros that are not written occupy nothing.
+	for prealloc, want := range map[string]int64{"off": 0, "falloc": 0, "full": 1 << 20} {
+		m := storagetest.MemOf(random(2 << 20))
+		err := create(t.Context(), m, image.CreateOptions{Size: 1<<20 - 100, Params: []image.Param{{Key: "preallocation", Value: prealloc}}})
+		if err != nil || !bytes.Equal(m.Bytes(), make([]byte, 1<<20)) || m.Allocated() < want {
+			t.Errorf("%s: %v, %d bytes allocated", prealloc, err, m.Allocated())
+		}
 	}
-	if err := create(t.Context(), dev, image.CreateOptions{Size: 1 << 21}); err == nil {
-		t.Error("an image larger than its device is made")
+	for _, p := range []image.Param{{Key: "preallocation", Value: "metadata"}, {Key: "preallocation", Value: "x"}, {Key: "x", Value: "off"}} {
+		m := storagetest.MemOf(random(512))
+		if err := create(t.Context(), m, image.CreateOptions{Size: 1 << 20, Params: []image.Param{p}}); err == nil || !bytes.Equal(m.Bytes(), random(512)) {
+			t.Errorf("%v: %v", p, err)
+		}
+	}
+
+	dev := storagetest.NewMem(1<<20, storagetest.FixedSize)
+	if err := dev.WriteAt(random(1<<20), 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := create(t.Context(), dev, image.CreateOptions{Size: 1 << 21}); !storage.NoSpace(err) || !bytes.Equal(dev.Bytes(), random(1<<20)) {
+		t.Errorf("an image larger than its device: %v", err)
+	}
+	if err := create(t.Context(), dev, image.CreateOptions{Size: 1 << 19}); err != nil || !bytes.Equal(dev.Bytes()[:512], make([]byte, 512)) {
+		t.Errorf("on a larger device: %v", err)
 	}
 }
 

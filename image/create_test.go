@@ -1,0 +1,100 @@
+package image_test
+
+import (
+	"context"
+	"errors"
+	"math"
+	"os"
+	"path/filepath"
+	"syscall"
+	"testing"
+
+	"github.com/imgnbd/imgnbd/image"
+	"github.com/imgnbd/imgnbd/storage"
+)
+
+// Of what a failed Create made nothing remains; what was there before does.
+func TestCreateRemoves(t *testing.T) {
+	for _, test := range []struct {
+		name, data string
+		fails      bool
+		remain     []string
+	}{
+		{"new", "newdata", false, []string{"new", "newdata", "old"}},
+		{"new", "newdata", true, []string{"old"}},
+		{"old", "newdata", true, []string{"old"}},
+		{"new", "old", true, []string{"old"}},
+		{"new", "nowhere/data", false, []string{"old"}},
+		{"new", "new", false, []string{"old"}}, // its own data file
+		{"new", "", true, []string{"old"}},
+	} {
+		d := newDir(t)
+		d.file("old", "OLD")
+		f := toy()
+		f.Name = "pair"
+		f.Create = func(ctx context.Context, s storage.Store, opt image.CreateOptions) error {
+			if test.data != "" {
+				data, err := opt.NewStore(ctx, test.data)
+				if err != nil {
+					return err
+				}
+				if err := errors.Join(data.WriteAt([]byte("data"), 0, 0), data.Close()); err != nil {
+					return err
+				}
+			}
+			if test.fails {
+				return syscall.EIO
+			}
+			return s.WriteAt([]byte("TOY\n"), 0, 0)
+		}
+		c := d.chain
+		c.Formats = []image.Format{f}
+		err := c.Create(t.Context(), filepath.Join(d.path, test.name), "pair", image.CreateOptions{})
+		if (err == nil) != (len(test.remain) == 3) || test.fails && !errors.Is(err, syscall.EIO) {
+			t.Errorf("%s, %s: %v", test.name, test.data, err)
+		}
+		entries, err := os.ReadDir(d.path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var names []string
+		for _, e := range entries {
+			names = append(names, e.Name())
+		}
+		if len(names) != len(test.remain) {
+			t.Errorf("%s, %s, fails %t: %q remain, want %q", test.name, test.data, test.fails, names, test.remain)
+		}
+	}
+}
+
+func TestParseSize(t *testing.T) {
+	const bad, big = math.MaxUint64, math.MaxUint64 - 1
+	for s, want := range map[string]uint64{
+		"0": 0, "512": 512, "08": 8, "+1": 1, " 1": 1, "1b": 1, "1B": 1, "1k": 1 << 10, "1K": 1 << 10, "3M": 3 << 20, "1g": 1 << 30, "2T": 2 << 40,
+		"1P": 1 << 50, "15E": 15 << 60, "1.5k": 1536, "1.k": 1024, "1.0": 1, "0x1f": 31, "0X10": 16, "0x1b": 27, "0.1M": 104857,
+		"18446744073709551613": math.MaxUint64 - 2, "16E": big, "15.99999999999999999999E": big, "18446744073709551616": big, "0x10000000000000000": big, "99999999999999999999": big,
+		"": bad, "k": bad, "-1": bad, "1.5": bad, ".5k": bad, "1.5.5k": bad, "1kb": bad, "1 k": bad, "1 ": bad, "0x": bad, "0x1k": bad, "0x1.8": bad,
+		"1e3": bad, "inf": bad, "nan": bad, "1_000": bad, "1.+5k": bad, "1.1e1k": bad,
+	} {
+		n, err := image.ParseSize(s)
+		switch {
+		case want == bad && (err == nil || errors.Is(err, syscall.ERANGE)),
+			want == big && !errors.Is(err, syscall.ERANGE),
+			want < big && (err != nil || n != want):
+			t.Errorf("%q: %d, %v", s, n, err)
+		}
+	}
+}
+
+func TestParseNumber(t *testing.T) {
+	for s, want := range map[string]uint64{"0": 0, "16": 16, "0x10": 16, "010": 8, "-1": math.MaxUint64, " 7": 7, "+7": 7} {
+		if n, err := image.ParseNumber(s); err != nil || n != want {
+			t.Errorf("%q: %d, %v", s, n, err)
+		}
+	}
+	for _, s := range []string{"", "x", "1k", "1.0", "0b1", "1_0", "--1", "+-1", "18446744073709551616"} {
+		if n, err := image.ParseNumber(s); err == nil {
+			t.Errorf("%q: %d", s, n)
+		}
+	}
+}
