@@ -129,3 +129,33 @@ func TestCheckSameAsQEMUImg(t *testing.T) {
 		}
 	}
 }
+
+// What is in an image that no version of this program can open is shown all
+// the same: here a feature that nobody knows.
+func TestInfoOfWhatCannotBeServed(t *testing.T) {
+	workplace(t)
+	f, err := os.OpenFile("disk.qcow2", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteAt([]byte{0x80}, 72); err != nil { // incompatible feature 63
+		t.Fatal(err)
+	}
+	o := ours("imgnbd", "info", "disk.qcow2")
+	if o.Code != 0 || !strings.Contains(o.Stdout, "virtual size: 64 MiB (67108864 bytes)\n") ||
+		!strings.HasPrefix(o.Stderr, "imgnbd: warning: disk.qcow2 cannot be opened: ") {
+		t.Errorf("%+v", o)
+	}
+	if o := ours("imgnbd", "-r", "--run", "true", "disk.qcow2"); o.Code != 1 || !strings.Contains(o.Stderr, "Unsupported qcow2 feature(s)") {
+		t.Errorf("%+v", o)
+	}
+}
+
+func TestCheckRepairRefused(t *testing.T) {
+	workplace(t)
+	o := ours("imgnbd", "check", "-r", "all", "disk.qcow2")
+	if o.Code != 1 || !strings.Contains(o.Stderr, "qemu-img check -r") {
+		t.Errorf("%+v", o)
+	}
+}

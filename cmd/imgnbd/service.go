@@ -46,7 +46,10 @@ func (s *service) run(passed *os.File) (err error) {
 		return err
 	}
 	defer s.place.close()
-	if s.device, err = s.openOr(s.signals); s.device == nil || err != nil {
+	s.device, err = unlessSignalled(s.signals, func(ctx context.Context) (image.Device, error) {
+		return s.opt.open(ctx, s.u, s.file)
+	})
+	if s.device == nil || err != nil {
 		return err
 	}
 	defer func() {
@@ -95,9 +98,9 @@ func (s *service) listen(passed *os.File) (err error) {
 	return err
 }
 
-// openOr opens the image unless a signal comes first; then both results are
-// nil. Opening may wait for a slow medium, and cannot be interrupted there.
-func (s *service) openOr(signals <-chan os.Signal) (image.Device, error) {
+// unlessSignalled opens an image unless a signal comes first; then both results
+// are nil. Opening may wait for a slow medium, and cannot be interrupted there.
+func unlessSignalled(signals <-chan os.Signal, open func(context.Context) (image.Device, error)) (image.Device, error) {
 	type opened struct {
 		device image.Device
 		err    error
@@ -106,7 +109,7 @@ func (s *service) openOr(signals <-chan os.Signal) (image.Device, error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	go func() {
-		device, err := s.opt.open(ctx, s.u, s.file)
+		device, err := open(ctx)
 		done <- opened{device, err}
 	}()
 	select {
