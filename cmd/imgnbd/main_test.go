@@ -45,7 +45,10 @@ func TestScripts(t *testing.T) {
 				return err
 			}
 			e.Setenv("S", dir)
-			e.Defer(func() { os.RemoveAll(dir) })
+			e.Defer(func() {
+				killDaemons(e.WorkDir, dir)
+				os.RemoveAll(dir)
+			})
 			return nil
 		},
 		Condition: condition,
@@ -56,6 +59,24 @@ func TestScripts(t *testing.T) {
 			"status":   status,
 		},
 	})
+}
+
+// killDaemons ends what a story that failed has left running: the processes
+// in its pid files that have sockets in dir.
+func killDaemons(work, dir string) {
+	for _, folder := range []string{work, dir} {
+		files, _ := filepath.Glob(filepath.Join(folder, "pid*"))
+		for _, file := range files {
+			text, _ := os.ReadFile(file)
+			pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
+			if err != nil {
+				continue
+			}
+			if args, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); strings.Contains(string(args), dir+"/") {
+				syscall.Kill(pid, syscall.SIGKILL)
+			}
+		}
+	}
 }
 
 // condition knows tool:NAME, which is true if a program is installed. Where

@@ -44,6 +44,8 @@ func TestStdio(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		unix.CloseOnExec(fds[0])
+		unix.CloseOnExec(fds[1])
 		theirs, ours := os.NewFile(uintptr(fds[0]), ""), os.NewFile(uintptr(fds[1]), "")
 		defer ours.Close()
 		conn, err := net.FileConn(ours)
