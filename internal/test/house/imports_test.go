@@ -36,10 +36,11 @@ var layers = []struct {
 	{"asif", []string{"image", "storage"}},
 
 	{"export", []string{"image", "storage", "internal/nbd"}},
+	{"connect", []string{"internal/nbd"}},
 	{"internal/drivers", []string{"image", "storage", "storage/file", "raw", "qcow2", "asif"}},
 
 	{"docs", nil}, // the synopsis, embedded
-	{"cmd/imgnbd", []string{"docs", "image", "storage", "export", "internal/nbd", "internal/drivers"}},
+	{"cmd/imgnbd", []string{"docs", "image", "storage", "export", "connect", "internal/nbd", "internal/drivers"}},
 
 	{"internal/test/...", []string{"..."}},
 }

@@ -1,0 +1,132 @@
+package connect
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"syscall"
+	"time"
+)
+
+// Detach takes a device from the kernel, whichever program attached it. It
+// flushes it first, and returns when it is free, its partitions are gone, and
+// its server, if it is one of this module's, has closed the image.
+//
+// A device that is mounted or claimed otherwise is left alone, with a
+// *BusyError. With force it is detached all the same, after its file systems
+// have been flushed; what is written to them later is lost.
+func Detach(ctx context.Context, path string, force bool) error {
+	h, err := newHost()
+	if err != nil {
+		return err
+	}
+	index, err := h.index(path)
+	if err != nil {
+		return err
+	}
+	if !h.connected(index) {
+		return fmt.Errorf("%s: %w", h.path(index), ErrNotAttached)
+	}
+	server := h.server(index)
+	if err := h.detach(ctx, index, force); err != nil {
+		return err
+	}
+	return server.wait(ctx)
+}
+
+func (h *host) detach(ctx context.Context, index int, force bool) error {
+	held, err := h.claim(ctx, index)
+	if busy := (*BusyError)(nil); errors.As(err, &busy) && force {
+		h.syncMounts(busy.Holders)
+		held, err = h.open(h.path(index), false)
+	}
+	if err != nil {
+		return err
+	}
+	// While it is held nobody can mount it. Each partition has a page cache of
+	// its own.
+	err = h.syncAll(index, held)
+	if err != nil && !force {
+		held.Close()
+		return err
+	}
+	err = h.disconnect(index)
+	held.Close()
+	if err != nil {
+		return fmt.Errorf("%s: %w", h.path(index), err)
+	}
+	return h.awaitFree(ctx, index)
+}
+
+// claim opens the device so that nobody else can use it but by opening it.
+func (h *host) claim(ctx context.Context, index int) (block, error) {
+	for end := time.Now().Add(2 * time.Second); ; {
+		b, err := h.open(h.path(index), true)
+		if !errors.Is(err, syscall.EBUSY) {
+			return b, err
+		}
+		// Programs that make partitions or file systems claim it for a moment.
+		holders := h.holders(index)
+		if len(holders) > 0 || time.Now().After(end) {
+			return nil, &BusyError{h.path(index), holders}
+		}
+		if err := sleep(ctx, 20*time.Millisecond); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// syncMounts flushes file systems. Where that fails, they will say so
+// themselves when they find their device gone.
+func (h *host) syncMounts(holders []Holder) {
+	for _, x := range holders {
+		if x.Use == Mounted {
+			_ = h.syncFS(x.Name)
+		}
+	}
+}
+
+func (h *host) syncAll(index int, whole block) error {
+	for _, p := range h.partitions(index) {
+		path := filepath.Join(h.dev, p)
+		b, err := h.open(path, false)
+		if err != nil {
+			return err
+		}
+		err = b.sync()
+		b.Close()
+		if err != nil {
+			return fmt.Errorf("%s: flush: %w", path, err)
+		}
+	}
+	if err := whole.sync(); err != nil {
+		return fmt.Errorf("%s: flush: %w", h.path(index), err)
+	}
+	return nil
+}
+
+// awaitFree waits until the device can be attached again, and nothing is left
+// of its partitions.
+func (h *host) awaitFree(ctx context.Context, index int) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for h.connected(index) || h.size(index) > 0 {
+		if sleep(ctx, 5*time.Millisecond) != nil {
+			users := append(h.holders(index), h.openers(index)...)
+			return fmt.Errorf("%s is detached, but stays until all have closed it: %w", h.path(index), &BusyError{h.path(index), users})
+		}
+	}
+	for len(h.partitions(index)) > 0 {
+		if h.connected(index) {
+			return nil // somebody has attached something else
+		}
+		if err := h.rescan(ctx, index); err != nil {
+			return err
+		}
+		if err := sleep(ctx, 5*time.Millisecond); err != nil {
+			return fmt.Errorf("%s is detached, but %s stays: %w", h.path(index), h.partitions(index)[0], err)
+		}
+	}
+	return nil
+}

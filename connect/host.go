@@ -1,0 +1,109 @@
+package connect
+
+import (
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// A host is where devices are: the kernel's commands, and the files in which
+// it shows what it has.
+type host struct {
+	kernel
+	sys  string // /sys/block
+	dev  string // /dev
+	proc string // /proc
+	run  string // /run/imgnbd, where servers say what they serve
+}
+
+func newHost() (*host, error) {
+	k, err := newKernel()
+	if err != nil {
+		return nil, err
+	}
+	return &host{kernel: k, sys: "/sys/block", dev: "/dev", proc: "/proc", run: "/run/imgnbd"}, nil
+}
+
+// kernel is what is not done by reading a file.
+type kernel interface {
+	// connect makes a device and returns its index.
+	connect(c *config) (int, error)
+	// disconnect ends the connections of a device, whoever uses it.
+	disconnect(index int) error
+	// open opens a block device for reading. An exclusive open fails with
+	// EBUSY if the device or a part of it is mounted or claimed otherwise, and
+	// keeps it from being so until Close.
+	open(path string, exclusive bool) (block, error)
+	// number returns major:minor of a block device node.
+	number(path string) (string, error)
+	// syncFS flushes the file system that is mounted at path.
+	syncFS(path string) error
+}
+
+// A block is an open block device.
+type block interface {
+	rescan() error // reads the partition table again
+	sync() error   // flushes the page cache of the device, and the device
+	Close() error
+}
+
+const anyIndex = -1
+
+// A config is all that a device can be told. Attributes stick to a device of
+// the kernel beyond its disconnection, so each is sent each time.
+type config struct {
+	index     int
+	size      uint64 // bytes, a multiple of blockSize
+	blockSize uint64 // logical, bytes
+	flags     uint64 // transmission flags
+	conns     []net.Conn
+	backend   string // identifies this attachment
+	maxPart   int    // of the module; negative: its default
+}
+
+// read returns what /sys says about a device or a partition of it, "" if it
+// says nothing.
+func (h *host) read(index int, dev, attribute string) string {
+	dir := filepath.Join(h.sys, name(index))
+	if dev != name(index) {
+		dir = filepath.Join(dir, dev)
+	}
+	b, err := os.ReadFile(filepath.Join(dir, attribute))
+	if err != nil {
+		return ""
+	}
+	return strings.TrimRight(string(b), "\n")
+}
+
+// bytes reads a number of sectors.
+func (h *host) bytes(index int, dev, attribute string) uint64 {
+	sectors, _ := strconv.ParseUint(h.read(index, dev, attribute), 10, 64)
+	return sectors * sector
+}
+
+func (h *host) size(index int) uint64 { return h.bytes(index, name(index), "size") }
+
+// connected reports whether the kernel has a configuration for the device: it
+// is attached, or was and somebody still has it open.
+func (h *host) connected(index int) bool { return h.read(index, name(index), "pid") != "" }
+
+// partitions returns the names of the partitions that the kernel knows.
+func (h *host) partitions(index int) []string {
+	dirs, _ := filepath.Glob(filepath.Join(h.sys, name(index), name(index)+"p*"))
+	var names []string
+	for _, d := range dirs {
+		names = append(names, filepath.Base(d))
+	}
+	slices.SortFunc(names, func(a, b string) int { return partition(a) - partition(b) })
+	return names
+}
+
+// partition returns the number of the partition nbd0p12.
+func partition(dev string) int {
+	_, number, _ := strings.Cut(dev, "p")
+	n, _ := strconv.Atoi(number)
+	return n
+}

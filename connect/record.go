@@ -1,0 +1,145 @@
+package connect
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+)
+
+// A Record is what a server notes about a device that it serves, in
+// /run/imgnbd. It keeps the file locked for its whole life: the kernel does
+// not tell whether anybody is at the other end of its sockets.
+type Record struct {
+	Backend     string `json:"backend"` // the same as in /sys/block/nbdX/backend
+	PID         int    `json:"pid"`
+	Image       string `json:"image"`
+	Connections int    `json:"connections"`
+}
+
+// newBackend returns what tells one attachment from all others.
+func newBackend() string { return "imgnbd:" + rand.Text() }
+
+// A record is the locked file.
+type record struct {
+	path string
+	f    *os.File
+}
+
+func (h *host) recordPath(index int) string { return filepath.Join(h.run, name(index)+".json") }
+
+// newRecord waits for the server that had the device before, which may still
+// be writing to its image.
+func (h *host) newRecord(ctx context.Context, index int, r Record) (*record, error) {
+	if err := os.MkdirAll(h.run, 0o755); err != nil {
+		return nil, err
+	}
+	text, err := json.Marshal(r)
+	if err != nil {
+		return nil, err
+	}
+	path := h.recordPath(index)
+	for {
+		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
+		if err != nil {
+			return nil, err
+		}
+		if err := lock(ctx, f, syscall.LOCK_EX); err != nil {
+			f.Close()
+			return nil, fmt.Errorf("%s: %w", path, err)
+		}
+		// The server before has removed it, perhaps while we waited.
+		if !isAt(f, path) {
+			f.Close()
+			continue
+		}
+		if err := f.Truncate(0); err == nil {
+			_, err = f.WriteAt(append(text, '\n'), 0)
+		}
+		if err != nil {
+			f.Close()
+			return nil, err
+		}
+		return &record{path, f}, nil
+	}
+}
+
+func (r *record) close() error { return errors.Join(os.Remove(r.path), r.f.Close()) }
+
+// isAt reports whether path is the name of f.
+func isAt(f *os.File, path string) bool {
+	a, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	b, err := os.Stat(path)
+	return err == nil && os.SameFile(a, b)
+}
+
+// lock waits for a lock on f.
+func lock(ctx context.Context, f *os.File, how int) error {
+	for {
+		err := syscall.Flock(int(f.Fd()), how|syscall.LOCK_NB)
+		if !errors.Is(err, syscall.EWOULDBLOCK) && !errors.Is(err, syscall.EINTR) {
+			return err
+		}
+		if err := sleep(ctx, 20*time.Millisecond); err != nil {
+			return err
+		}
+	}
+}
+
+// A server is who serves a device, as far as it is one of ours.
+type server struct {
+	Record
+	f *os.File // nil: it is not
+}
+
+// server finds it. The file is kept open, so it must be waited for or closed.
+func (h *host) server(index int) server {
+	f, err := os.Open(h.recordPath(index))
+	if err != nil {
+		return server{}
+	}
+	var s server
+	if err := json.NewDecoder(f).Decode(&s.Record); err != nil || s.Backend != h.read(index, name(index), "backend") {
+		f.Close()
+		return server{}
+	}
+	s.f = f
+	return s
+}
+
+func (s server) known() bool { return s.f != nil }
+
+// alive reports whether the server still runs.
+func (s server) alive() bool {
+	err := syscall.Flock(int(s.f.Fd()), syscall.LOCK_SH|syscall.LOCK_NB)
+	if err == nil {
+		syscall.Flock(int(s.f.Fd()), syscall.LOCK_UN)
+	}
+	return errors.Is(err, syscall.EWOULDBLOCK)
+}
+
+// wait waits until the server has closed the image.
+func (s server) wait(ctx context.Context) error {
+	if s.f == nil {
+		return nil
+	}
+	defer s.close()
+	if err := lock(ctx, s.f, syscall.LOCK_SH); err != nil {
+		return fmt.Errorf("process %d has not finished with %s: %w", s.PID, s.Image, err)
+	}
+	return nil
+}
+
+func (s server) close() {
+	if s.f != nil {
+		s.f.Close()
+	}
+}
