@@ -48,6 +48,7 @@ func closeOnExec(fd int) error {
 // checkActivation refuses what contradicts n sockets that are there already.
 func (o *serveOptions) checkActivation(u *ui, n int) error {
 	for _, f := range []struct{ flag, what string }{
+		{"connect", "NBD device"},
 		{"socket", "Unix socket"},
 		{"bind", "The interface"},
 		{"port", "TCP port number"},

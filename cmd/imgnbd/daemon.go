@@ -22,13 +22,16 @@ const daemonVariable = "IMGNBD_DAEMON"
 
 // A daemon is the side of --fork that stays.
 type daemon struct {
-	readiness *os.File // a byte goes there when it is ready
+	readiness *os.File // when it is ready, its result and a zero go there
 	stderr    *os.File // where messages go from then on; nil: nowhere
 	listen    *os.File // the socket that was passed to the parent, or nil
 }
 
 // errSilent is the error of a daemon that ended without a word.
 var errSilent = errors.New("the server ended before it was ready")
+
+// errTalkative is the error of a daemon that is ready, and has warned.
+var errTalkative error = &exit{code: 1}
 
 // startDaemon runs the program again with args and returns when the daemon is
 // ready or has ended.
@@ -42,12 +45,12 @@ func startDaemon(u *ui, args []string, listen *os.File, keepStderr bool) error {
 		return err
 	}
 	defer messages.Close()
-	ready, readyW, err := os.Pipe()
+	readiness, readyW, err := os.Pipe()
 	if err != nil {
 		messagesW.Close()
 		return err
 	}
-	defer ready.Close()
+	defer readiness.Close()
 
 	cmd := exec.Command(self)
 	cmd.Args = append([]string{u.called}, args...)
@@ -75,11 +78,20 @@ func startDaemon(u *ui, args []string, listen *os.File, keepStderr bool) error {
 	if err != nil {
 		return err
 	}
-	_, err = ready.Read(make([]byte, 1))
+	result, err := io.ReadAll(readiness)
+	if err != nil {
+		return err
+	}
+	ready := len(result) > 0
+	if ready {
+		u.printf("%s", result[:len(result)-1])
+	}
 	switch {
+	case ready && n > 0:
+		return errTalkative
 	case n > 0:
 		return &exit{code: 1}
-	case err != nil:
+	case !ready:
 		return errSilent
 	}
 	return nil
@@ -105,7 +117,10 @@ func asDaemon() *daemon {
 
 // ready lets the parent go. Later messages reach nobody but whom --verbose
 // kept.
-func (d *daemon) ready() error {
+func (d *daemon) ready() error { return d.readyWith("") }
+
+// readyWith also has the parent print a result.
+func (d *daemon) readyWith(result string) error {
 	to := d.stderr
 	if to == nil {
 		null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
@@ -115,7 +130,7 @@ func (d *daemon) ready() error {
 		to = null
 	}
 	defer to.Close()
-	if _, err := d.readiness.Write([]byte{0}); err != nil {
+	if _, err := d.readiness.Write(append([]byte(result), 0)); err != nil {
 		return fmt.Errorf("nobody waits for this server: %w", err)
 	}
 	d.readiness.Close()

@@ -46,6 +46,8 @@ type serveOptions struct {
 	unmapZeroes  bool
 	contexts     []export.MetaContext // of the bitmaps, once the image is open
 
+	connect connectOptions
+
 	// What else the process does.
 	list       bool
 	fork       bool
@@ -90,7 +92,8 @@ var (
 func newServeOptions() *serveOptions {
 	fs := pflag.NewFlagSet("", pflag.ContinueOnError)
 	fs.SortFlags = false
-	o := &serveOptions{flags: fs, shared: 1, handshake: 10 * time.Second}
+	o := &serveOptions{flags: fs, shared: 1, handshake: 10 * time.Second,
+		connect: connectOptions{connections: 1, maxPart: -1}}
 
 	flag(fs, "help", "h", func() error { return errHelp })
 	flag(fs, "version", "V", func() error { return errVersion })
@@ -115,8 +118,8 @@ func newServeOptions() *serveOptions {
 		o.bitmaps = append(o.bitmaps, s)
 		return nil
 	})
-	refuseValue(fs, "connect", "c", "serve with --socket=PATH, then: nbd-client -unix PATH DEVICE")
-	refuse(fs, "disconnect", "d", "detach with: nbd-client -d DEVICE")
+	fs.StringVarP(&o.connect.device, "connect", "c", "", "")
+	fs.BoolVarP(&o.connect.disconnect, "disconnect", "d", false, "")
 	fs.BoolVarP(&o.list, "list", "L", false, "")
 	refuse(fs, "snapshot", "s", "serve with --read-only, or serve an overlay that you made over FILE")
 	value(fs, "load-snapshot", "l", func(s string) (err error) {
@@ -185,7 +188,24 @@ func newServeOptions() *serveOptions {
 	fs.StringVar(&o.runCommand, "run", "", "")
 	fs.BoolVar(&o.vsock, "vsock", false, "")
 	o.images.addBacking(fs)
-	for _, name := range []string{"stdio", "run", "vsock", "backing", "backing-dir"} {
+	value(fs, "connections", "", func(s string) error {
+		n, err := cInt(s, 16)
+		if err != nil || n < 1 {
+			return fmt.Errorf("--connections=%s is not a number of connections", s)
+		}
+		o.connect.connections = int(n)
+		return nil
+	})
+	value(fs, "max-part", "", func(s string) error {
+		n, err := cInt(s, 16)
+		if err != nil || n < 0 || n > 255 {
+			return fmt.Errorf("--max-part=%s is not between 0 and 255", s)
+		}
+		o.connect.maxPart = int(n)
+		return nil
+	})
+	fs.BoolVar(&o.connect.force, "force", false, "")
+	for _, name := range []string{"stdio", "run", "vsock", "backing", "backing-dir", "connections", "max-part", "force"} {
 		fs.SetAnnotation(name, own, nil)
 	}
 	return o

@@ -10,6 +10,10 @@ import (
 // selfPath starts this very program again, even if its file was replaced.
 func selfPath() (string, error) { return "/proc/self/exe", nil }
 
+// setProcessName sets what killall and ps call this process, which after
+// selfPath is "exe".
+func setProcessName(name string) { os.WriteFile("/proc/self/comm", []byte(name), 0) }
+
 // redirect makes descriptor to the same as from.
 func redirect(from *os.File, to int) error { return unix.Dup3(int(from.Fd()), to, 0) }
 

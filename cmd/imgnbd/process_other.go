@@ -11,6 +11,8 @@ import (
 
 func selfPath() (string, error) { return os.Executable() }
 
+func setProcessName(string) {}
+
 func redirect(from *os.File, to int) error { return unix.Dup2(int(from.Fd()), to) }
 
 func withSocketLabel(label string, f func() error) error {

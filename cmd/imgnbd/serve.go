@@ -22,6 +22,9 @@ func serveCommand(args []string) *command {
 // mistakes the same one is named.
 func (o *serveOptions) run(u *ui, operands, args []string) error {
 	d := asDaemon()
+	if d != nil {
+		setProcessName(u.name)
+	}
 	if err := o.check(operands); err != nil {
 		return err
 	}
@@ -38,16 +41,27 @@ func (o *serveOptions) run(u *ui, operands, args []string) error {
 	if o.list {
 		return o.listExports(u)
 	}
+	if o.connect.disconnect {
+		return o.disconnectDevice(u, operands[0])
+	}
 	var listen *os.File
 	if passed > 0 {
 		listen = os.NewFile(firstActivated, "activation")
 	}
 	if d != nil {
 		listen = d.listen
-	} else if o.fork {
-		return startDaemon(u, args, listen, o.verbose)
+	} else if o.fork || o.connect.device != "" && !o.verbose {
+		err := startDaemon(u, args, listen, o.verbose)
+		if err == errTalkative && o.connect.device != "" && !u.compat() {
+			return nil // the device is there
+		}
+		return err
 	}
-	return (&service{opt: o, u: u, file: operands[0], daemon: d}).run(listen)
+	s := &service{opt: o, u: u, file: operands[0], daemon: d}
+	if o.connect.device != "" {
+		return s.runConnected()
+	}
+	return s.run(listen)
 }
 
 // check refuses options that contradict each other.
@@ -56,7 +70,7 @@ func (o *serveOptions) check(operands []string) error {
 		if len(operands) > 0 {
 			return says("List mode is incompatible with a file name")
 		}
-		for _, name := range []string{"export-name", "description", "offset", "format", "load-snapshot",
+		for _, name := range []string{"export-name", "description", "offset", "connect", "disconnect", "format", "load-snapshot",
 			"bitmap", "allocation-depth", "aio", "discard", "cache", "nocache"} {
 			if o.flags.Changed(name) {
 				return says("List mode is incompatible with per-device settings")
@@ -77,7 +91,7 @@ func (o *serveOptions) check(operands []string) error {
 			return fmt.Errorf("--%s and --%s exclude each other", pair[0], pair[1])
 		}
 	}
-	return nil
+	return o.connect.check(o)
 }
 
 // open opens the image and wraps it in what the options ask for.

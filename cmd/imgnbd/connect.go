@@ -1,0 +1,247 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/imgnbd/imgnbd/connect"
+	"github.com/imgnbd/imgnbd/image"
+)
+
+// connectOptions are those of --connect and --disconnect.
+type connectOptions struct {
+	device      string // that the image becomes; "": none
+	disconnect  bool
+	connections int
+	maxPart     int // negative: the module's default
+	force       bool
+}
+
+// check refuses what contradicts --connect or --disconnect.
+func (c *connectOptions) check(o *serveOptions) error {
+	name := "connect"
+	switch {
+	case c.device != "" && c.disconnect:
+		return errors.New("--connect and --disconnect exclude each other")
+	case c.disconnect:
+		name = "disconnect"
+	case c.device == "":
+		for _, only := range []string{"connections", "max-part", "force"} {
+			if o.flags.Changed(only) {
+				return fmt.Errorf("--%s goes with --connect or --disconnect", only)
+			}
+		}
+		return nil
+	}
+	for _, other := range []string{"socket", "port", "bind", "vsock", "stdio", "run", "selinux-label"} {
+		if o.flags.Changed(other) {
+			return fmt.Errorf("--%s and --%s exclude each other: a device is attached without a socket", name, other)
+		}
+	}
+	return nil
+}
+
+// detachTime bounds a detachment, which waits until the server has written
+// everything to its image.
+const detachTime = 10 * time.Minute
+
+// disconnectDevice is the bare command with --disconnect.
+func (o *serveOptions) disconnectDevice(u *ui, device string) error {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	ctx, cancel := context.WithTimeout(ctx, detachTime)
+	defer cancel()
+	if _, err := os.Stat(device); err != nil {
+		return says("Cannot open %s: %s", device, strerror(err))
+	}
+	err := connect.Detach(ctx, device, o.connect.force)
+	switch {
+	case errors.Is(err, connect.ErrNotAttached) && u.compat():
+		u.warning(err.Error()) // to qemu-nbd it is no failure
+	case isBusy(err) && !o.connect.force:
+		return hinted(err, "umount it, or lose what is written to it from now on with --force")
+	case err != nil:
+		return err
+	}
+	u.printf("%s disconnected\n", device)
+	return nil
+}
+
+func isBusy(err error) bool {
+	_, ok := errors.AsType[*connect.BusyError](err)
+	return ok
+}
+
+// runConnected is the bare command with --connect: the server of a device of
+// this machine. The image is closed when nothing more can come from the
+// kernel, and only then is whoever waits for that told.
+func (s *service) runConnected() (err error) {
+	defer s.catchSignals()()
+	protectServer(s.u.logger(s.opt.verbose))
+	s.device, err = unlessSignalled(s.signals, func(ctx context.Context) (image.Device, error) {
+		return s.opt.open(ctx, s.u, s.file)
+	})
+	if s.device == nil || err != nil {
+		return err
+	}
+	var a *connect.Attachment
+	defer func() {
+		err = errors.Join(err, s.device.Close())
+		if a != nil {
+			err = errors.Join(err, a.Close())
+		}
+	}()
+	e, err := s.opt.export(s.device)
+	if err != nil {
+		return err
+	}
+	e.MultiConn = s.opt.connect.connections > 1
+	s.visitors = newVisitors()
+	s.server = s.opt.newServer(s.u, e, s.visitors)
+	a, err = s.attach(e.Name)
+	if err == nil {
+		err = s.serveDevice(a)
+	}
+	return errors.Join(err, s.shutdown())
+}
+
+// attach gives the kernel its connections, each to a server that is here.
+func (s *service) attach(exportName string) (*connect.Attachment, error) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	stopped := make(chan struct{})
+	defer close(stopped)
+	go func() {
+		select {
+		case <-s.signals:
+			cancel()
+		case <-stopped:
+		}
+	}()
+	name := s.file
+	if _, err := os.Stat(name); err == nil { // it may also be json: or key=value
+		if name, err = filepath.Abs(name); err != nil {
+			return nil, err
+		}
+	}
+	return connect.Attach(ctx, connect.Options{
+		Device:      s.opt.connect.device,
+		Export:      exportName,
+		Connections: s.opt.connect.connections,
+		MaxPart:     s.opt.connect.maxPart,
+		Image:       name,
+		Dial: func(context.Context) (net.Conn, error) {
+			ours, theirs, err := socketPair()
+			if err != nil {
+				return nil, err
+			}
+			go s.server.ServeConn(ours) // which logs what goes wrong
+			return theirs, nil
+		},
+	})
+}
+
+// socketPair returns the two ends of a connection that nobody else can reach.
+func socketPair() (a, b net.Conn, err error) {
+	syscall.ForkLock.RLock()
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
+	if err == nil {
+		syscall.CloseOnExec(fds[0])
+		syscall.CloseOnExec(fds[1])
+	}
+	syscall.ForkLock.RUnlock()
+	if err != nil {
+		return nil, nil, os.NewSyscallError("socketpair", err)
+	}
+	var ends [2]net.Conn
+	for i, fd := range fds {
+		f := os.NewFile(uintptr(fd), "socketpair")
+		var e error
+		if ends[i], e = net.FileConn(f); e != nil {
+			err = e
+		}
+		f.Close()
+	}
+	if err != nil {
+		for _, c := range ends {
+			if c != nil {
+				c.Close()
+			}
+		}
+		return nil, nil, err
+	}
+	return ends[0], ends[1], nil
+}
+
+// serveDevice tells everyone that the device is there, and returns when it no
+// longer is.
+func (s *service) serveDevice(a *connect.Attachment) error {
+	if err := s.announceDevice(a); err != nil {
+		return errors.Join(err, a.Detach(context.Background(), true))
+	}
+	if s.pid != nil {
+		defer s.pid.Close()
+	}
+	select {
+	case <-s.visitors.over: // somebody has detached it
+		return nil
+	case <-s.signals:
+	}
+	notify("STOPPING=1")
+	return s.detach(a)
+}
+
+// announceDevice is announce for a device.
+func (s *service) announceDevice(a *connect.Attachment) (err error) {
+	if s.opt.pidFile != "" {
+		if s.pid, err = writePIDFile(s.opt.pidFile); err != nil {
+			return err
+		}
+	}
+	if s.opt.verbose {
+		s.u.bare("NBD device " + a.Path() + " is now connected to " + s.file)
+	}
+	if err := os.Chdir("/"); err != nil { // keep no file system busy
+		return err
+	}
+	var result string
+	if s.opt.connect.device == connect.Auto {
+		result = a.Path() + "\n"
+	}
+	notify(fmt.Sprintf("READY=1\nMAINPID=%d\nSTATUS=%s is %s", os.Getpid(), s.file, a.Path()))
+	if s.daemon != nil {
+		return s.daemon.readyWith(result)
+	}
+	s.u.printf("%s", result)
+	return nil
+}
+
+// detach takes the device from the kernel. While it is mounted or held
+// otherwise it goes on being served; a second signal ends that.
+func (s *service) detach(a *connect.Attachment) error {
+	ctx, cancel := context.WithTimeout(context.Background(), detachTime)
+	defer cancel()
+	for told := false; ; told = true {
+		err := a.Detach(ctx, false)
+		if !isBusy(err) {
+			return err
+		}
+		if !told {
+			s.u.message(err.Error() + ": it is detached as soon as it is free, or by another signal")
+		}
+		select {
+		case <-s.visitors.over: // somebody has detached it
+			return nil
+		case <-s.signals:
+			return a.Detach(ctx, true)
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
+}
