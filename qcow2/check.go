@@ -69,22 +69,40 @@ func (im *Image) Check(ctx context.Context, opt image.CheckOptions) (image.Check
 	return c.res, nil
 }
 
-func (c *checker) check() (err error) {
+func (c *checker) check() error {
+	l1, refTable, err := c.references()
+	if err != nil {
+		return err
+	}
+	last, err := c.compare(refTable)
+	if err != nil {
+		return err
+	}
+	if err := c.checkCopied(l1, refTable); err != nil {
+		return err
+	}
+	c.res.ImageEndOffset = (last + 1) << c.im.geo.clusterBits
+	c.progress(c.total - c.done)
+	return nil
+}
+
+// references counts the references to each cluster.
+func (c *checker) references() (l1, refTable []uint64, err error) {
 	g := c.im.geo
 	h, err := readHeader(c.im.store)
 	if err != nil {
 		c.res.CheckErrors++
-		return err
+		return nil, nil, err
 	}
 	c.h = h
 	if c.size, err = c.im.store.Size(); err != nil {
 		c.res.CheckErrors++
-		return err
+		return nil, nil, err
 	}
 	c.clusters = g.clusters(c.size)
 	if c.clusters > maxCheckedClusters {
 		c.res.CheckErrors++
-		return fmt.Errorf("%d clusters: %w", c.clusters, syscall.EFBIG)
+		return nil, nil, fmt.Errorf("%d clusters: %w", c.clusters, syscall.EFBIG)
 	}
 	c.res.TotalClusters = g.clusters(c.im.info.Size)
 	c.refs = newTally(c.clusters + 1)
@@ -99,28 +117,19 @@ func (c *checker) check() (err error) {
 		}
 	}
 	c.count(0, g.clusterSize)
-	l1, err := c.countL1(int64(h.l1Offset), int64(h.l1Size), true)
+	l1, err = c.countL1(int64(h.l1Offset), int64(h.l1Size), true)
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
 	if err := c.countSnapshots(); err != nil {
-		return err
+		return nil, nil, err
 	}
-	refTable, err := c.countRest()
+	refTable, err = c.countRest()
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
 	c.countBlocks(refTable)
-	last, err := c.compare(refTable)
-	if err != nil {
-		return err
-	}
-	if err := c.checkCopied(l1, refTable); err != nil {
-		return err
-	}
-	c.res.ImageEndOffset = (last + 1) << g.clusterBits
-	c.progress(c.total - c.done)
-	return nil
+	return l1, refTable, nil
 }
 
 func (c *checker) corrupt(format string, a ...any) {

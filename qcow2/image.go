@@ -104,7 +104,7 @@ func open(ctx context.Context, s storage.Store, opt image.Options, hooks *hooks)
 		return nil, err
 	}
 	if !opt.ReadOnly {
-		if im.writer, err = newWriter(im.disk, h, &opt, hooks); err != nil {
+		if err = im.makeWritable(ctx, &opt, hooks); err != nil {
 			im.mapping.close()
 			return nil, err
 		}

@@ -98,6 +98,15 @@ func (r *refcounts) covered(c int64) int64 {
 	return min(c, r.end)
 }
 
+// coverable returns the first cluster behind all refcount blocks.
+func (r *refcounts) coverable() int64 {
+	n := len(r.table)
+	for n > 0 && r.table[n-1] == 0 {
+		n--
+	}
+	return int64(n) << r.g.refBlockBits
+}
+
 // lastUsed returns one more than the last cluster at or above from whose count
 // is not zero; from if there is none.
 func (r *refcounts) lastUsed(from int64) (int64, error) {
@@ -169,11 +178,16 @@ func (r *refcounts) add(c, delta int64) (uint64, error) {
 	}
 	n += uint64(delta)
 	setRefcount(s.data[:], i, r.g.refcountOrder, n)
-	if key := c / r.perSector(); !s.dirty {
-		s.dirty = true
-		r.dirty = append(r.dirty, key)
-	}
+	r.soil(c, s)
 	return n, nil
+}
+
+// soil notes that the sector with the count of c has changed.
+func (r *refcounts) soil(c int64, s *countSector) {
+	if !s.dirty {
+		s.dirty = true
+		r.dirty = append(r.dirty, c/r.perSector())
+	}
 }
 
 // apply carries out changes in order. On an error it returns what is left.

@@ -154,28 +154,69 @@ func TestWriteRandom(t *testing.T) {
 	}
 }
 
-// What cannot be written safely is refused when it is opened, by name.
+// An image that is marked as corrupt is refused when it is opened.
 func TestWriteRefused(t *testing.T) {
-	for _, tt := range []struct {
-		name, want string
-		edit       func(*header)
-	}{
-		{"dirty", "was not closed properly", func(h *header) { h.incompatible |= incompatDirty }},
-		{"corrupt", "Image is corrupt; cannot be opened read/write", func(h *header) { h.incompatible |= incompatCorrupt }},
+	x := build(16, 1<<20)
+	x.h.incompatible |= incompatCorrupt
+	store := storagetest.MemOf(x.bytes())
+	before := store.Bytes()
+	const want = "Image is corrupt; cannot be opened read/write"
+	if _, err := Open(context.Background(), store, image.Options{}); err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("got %v, want %q", err, want)
+	}
+	if !bytes.Equal(store.Bytes(), before) {
+		t.Error("the image was changed")
+	}
+}
+
+// QEMU died with lazy refcounts: counts are missing, and rebuilt before the
+// first write.
+func TestRebuild(t *testing.T) {
+	for _, options := range []string{
+		"lazy_refcounts=on,cluster_size=512,refcount_bits=64", "lazy_refcounts=on,cluster_size=4k", "lazy_refcounts=on,extended_l2=on",
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			x := build(16, 1<<20)
-			tt.edit(x.h)
-			store := storagetest.MemOf(x.bytes())
-			before := store.Bytes()
-			if _, err := Open(context.Background(), store, image.Options{}); err == nil || !strings.Contains(err.Error(), tt.want) {
-				t.Errorf("got %v, want %q", err, tt.want)
+		t.Run(options, func(t *testing.T) {
+			file := qemu.Create(t, "qcow2", options, "2M")
+			qemu.IO(t, "qcow2", file, "write -P 5 1600k 64k")
+			out, _ := exec.Command(qemu.Require(t, "qemu-io"), "-f", "qcow2",
+				"-c", "write -P 1 0 300k", "-c", "write -z 100k 64k", "-c", "write -P 2 1M 200k", "-c", "flush", "-c", "abort", file).CombinedOutput()
+			h, err := headerOf(file)
+			if err != nil || h.incompatible&incompatDirty == 0 {
+				t.Fatalf("the image is not dirty: %v\n%s", err, out)
 			}
-			if !bytes.Equal(store.Bytes(), before) {
-				t.Error("the image was changed")
+			want := make([]byte, 2<<20)
+			fill := func(b byte, off, n int) { copy(want[off:off+n], bytes.Repeat([]byte{b}, n)) }
+			fill(5, 1600<<10, 64<<10)
+			fill(1, 0, 300<<10)
+			fill(0, 100<<10, 64<<10)
+			fill(2, 1<<20, 200<<10)
+			d, err := openToWrite(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			fill(7, 250<<10, 512<<10)
+			if err := d.WriteAt(want[250<<10:762<<10], 250<<10, 0); err != nil {
+				t.Fatal(err)
+			}
+			if err := d.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if err := judgeFile(file, want); err != nil {
+				t.Error(err)
+			}
+			if h, err := headerOf(file); err != nil || h.incompatible&incompatDirty != 0 {
+				t.Errorf("the image is still dirty: %v", err)
 			}
 		})
 	}
+}
+
+func headerOf(file string) (*header, error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	return parseHeader(b[:min(len(b), 65536)])
 }
 
 // An entry that points to a table is not followed, neither to write there nor

@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -39,12 +40,25 @@ type writer struct {
 	buffers   sync.Pool    // of *[]byte, one cluster each
 }
 
-// newWriter makes d writable. What the image has that would come to harm is
-// refused here, by name.
-func newWriter(d *disk, h *header, opt *image.Options, hooks *hooks) (*writer, error) {
-	if err := writable(h); err != nil {
-		return nil, err
+// makeWritable makes the image ready for changes.
+func (im *Image) makeWritable(ctx context.Context, opt *image.Options, hooks *hooks) (err error) {
+	if im.header.incompatible&incompatDirty != 0 {
+		if err = im.rebuild(ctx); err != nil {
+			return err
+		}
+		if opt.Warn != nil {
+			opt.Warn("the image was not closed properly; its reference counts have been rebuilt")
+		}
+		if im.header, err = readHeader(im.store); err != nil {
+			return err
+		}
 	}
+	im.writer, err = newWriter(im.disk, im.header, opt, hooks)
+	return err
+}
+
+// newWriter makes the writing half of d.
+func newWriter(d *disk, h *header, opt *image.Options, hooks *hooks) (*writer, error) {
 	defects := &hooks.defects
 	g, info := d.geo, d.store.Info()
 	size, err := d.store.Size()
@@ -109,17 +123,6 @@ func newWriter(d *disk, h *header, opt *image.Options, hooks *hooks) (*writer, e
 	d.info.ReadOnly, d.info.Discard, d.info.FastZero = false, true, g.version >= 3
 	w.commit.start()
 	return w, nil
-}
-
-// writable names what keeps an image from being written.
-func writable(h *header) error {
-	if h.incompatible&incompatDirty == 0 {
-		return nil
-	}
-	return &image.Hint{
-		Err:    unsupported("the image was not closed properly, and its reference counts have to be rebuilt"),
-		Advice: "run qemu-img check -r all on it, or open it read-only",
-	}
 }
 
 // clearFeatures turns off the autoclear bits that we do not know, as who opens
