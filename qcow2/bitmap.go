@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"math/bits"
 	"sync"
+	"sync/atomic"
 
 	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/storage"
@@ -32,7 +33,7 @@ type bitmapEntry struct {
 // A bitmap is an entry of the directory that has been found sound.
 type bitmap struct {
 	bitmapEntry
-	lost bool // the image was written by who does not know of bitmaps
+	lost atomic.Bool // the image was written by who does not keep it up to date
 }
 
 // encode returns the entry as it is in the directory, padded.
@@ -128,7 +129,8 @@ func readBitmaps(s storage.Store, h *header, warn func(string)) ([]bitmap, error
 	}
 	list := make([]bitmap, len(entries))
 	for i, e := range entries {
-		list[i] = bitmap{bitmapEntry: e, lost: lost}
+		list[i].bitmapEntry = e
+		list[i].lost.Store(lost)
 	}
 	return list, nil
 }
@@ -153,8 +155,16 @@ func (b *bitmap) info() image.BitmapInfo {
 		Name:         b.name,
 		Granularity:  1 << b.granularity,
 		Enabled:      b.flags&bitmapAuto != 0,
-		Inconsistent: b.lost || b.flags&bitmapInUse != 0,
+		Inconsistent: b.lost.Load() || b.flags&bitmapInUse != 0,
 	}
+}
+
+// trusted returns an error if the bitmap does not tell what was written.
+func (b *bitmap) trusted() error {
+	if b.info().Inconsistent {
+		return corrupt("bitmap %q is inconsistent: its last writer did not store it", b.name)
+	}
+	return nil
 }
 
 // Bitmaps lists the bitmaps of the image itself.
@@ -173,8 +183,8 @@ func (im *Image) Bitmap(name string) (image.Bitmap, error) {
 		if b.name != name {
 			continue
 		}
-		if b.info().Inconsistent {
-			return nil, image.Wrap("read", im.name, corrupt("bitmap %q is inconsistent: its last writer did not store it", name))
+		if err := b.trusted(); err != nil {
+			return nil, image.Wrap("read", im.name, err)
 		}
 		return &bitmapReader{im: im, bitmap: b}, nil
 	}
@@ -211,6 +221,9 @@ func (b *bitmapReader) AppendDirty(dst []image.DirtyExtent, off, n int64) ([]ima
 		return dst, err
 	}
 	defer v.leave()
+	if err := b.bitmap.trusted(); err != nil {
+		return dst, image.Wrap("read", b.im.name, err)
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	start := len(dst)
@@ -345,4 +358,41 @@ func (e bitmapTableEntry) reserved() uint64 {
 		r |= uint64(e) & 1
 	}
 	return r
+}
+
+// abandonBitmaps marks the bitmaps that record writes as in use, durably, as
+// every writer does before its first change. One that stores them in the end
+// takes the mark off; we do not keep them up to date, so they stay as they are,
+// and everybody sees that they cannot be relied on. While the directory is
+// changed the header says that there is none.
+func abandonBitmaps(s storage.Store, h *header, list []bitmap) error {
+	x, err := h.bitmapsExtension()
+	if err != nil {
+		return err
+	}
+	if err := setAutoclear(s, autoclearBitmaps, false); err != nil {
+		return err
+	}
+	at := int64(x.offset)
+	for i := range list {
+		b := &list[i]
+		if b.recording() {
+			var flags [4]byte
+			binary.BigEndian.PutUint32(flags[:], b.flags|bitmapInUse)
+			if err := s.WriteAt(flags[:], at+12, 0); err != nil {
+				return fmt.Errorf("bitmap directory at %#x: %w", x.offset, err)
+			}
+			b.lost.Store(true)
+		}
+		at += int64(len(b.encode()))
+	}
+	if err := s.Sync(); err != nil {
+		return err
+	}
+	return setAutoclear(s, autoclearBitmaps, true)
+}
+
+// recording reports whether the bitmap would have to be kept up to date.
+func (b *bitmap) recording() bool {
+	return b.flags&bitmapAuto != 0 && b.flags&bitmapInUse == 0 && !b.lost.Load()
 }

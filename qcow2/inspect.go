@@ -100,7 +100,7 @@ func inspect(_ context.Context, s storage.Store) (*image.Inspection, error) {
 	}
 	for i := range bitmaps {
 		b := &bitmaps[i]
-		if b.lost {
+		if b.lost.Load() {
 			break // qemu-img shows none then
 		}
 		f := BitmapFlag{Flags: []string{}, Name: b.name, Granularity: 1 << b.granularity}

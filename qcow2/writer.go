@@ -31,10 +31,11 @@ type writer struct {
 	defects *defects
 
 	tables    *tableGuard
-	rawData   bool         // the external data file reads as the disk
-	stale     autoclear    // bits that must not be set once the disk has changed
-	clearOnce sync.Mutex   // guards the clearing of them
-	cleared   atomic.Bool  // they are off, durably
+	rawData   bool // the external data file reads as the disk
+	header    *header
+	bitmaps   []bitmap
+	marking   sync.Mutex   // guards the marking of bitmaps
+	marked    atomic.Bool  // no bitmap claims to be kept up to date
 	busyLimit int64        // slices that may be dirty before writers wait
 	freed     atomic.Int64 // clusters given up since a commit was last asked for
 	buffers   sync.Pool    // of *[]byte, one cluster each
@@ -53,12 +54,12 @@ func (im *Image) makeWritable(ctx context.Context, opt *image.Options, hooks *ho
 			return err
 		}
 	}
-	im.writer, err = newWriter(im.disk, im.header, opt, hooks)
+	im.writer, err = newWriter(im.disk, im.header, im.bitmaps, opt, hooks)
 	return err
 }
 
 // newWriter makes the writing half of d.
-func newWriter(d *disk, h *header, opt *image.Options, hooks *hooks) (*writer, error) {
+func newWriter(d *disk, h *header, bitmaps []bitmap, opt *image.Options, hooks *hooks) (*writer, error) {
 	defects := &hooks.defects
 	g, info := d.geo, d.store.Info()
 	size, err := d.store.Size()
@@ -84,7 +85,7 @@ func newWriter(d *disk, h *header, opt *image.Options, hooks *hooks) (*writer, e
 		fresh = tail
 	}
 	refs.scanEnd = tail
-	w := &writer{disk: d, defects: defects, busyLimit: d.mapping.cache.capacity() * 7 / 8}
+	w := &writer{disk: d, header: h, bitmaps: bitmaps, defects: defects, busyLimit: d.mapping.cache.capacity() * 7 / 8}
 	w.alloc = newAllocator(tail, refs.covered(tail), fresh)
 	w.changes = newChanges(d.mapping, w.alloc, defects)
 	w.tables = newTableGuard(h, g, refs, d.mapping)
@@ -108,7 +109,7 @@ func newWriter(d *disk, h *header, opt *image.Options, hooks *hooks) (*writer, e
 		}
 		journal.stored = hooks.stored
 	}
-	if err := w.clearFeatures(h); err != nil {
+	if err := w.clearFeatures(); err != nil {
 		return nil, err
 	}
 	if len(records) > 0 {
@@ -125,47 +126,53 @@ func newWriter(d *disk, h *header, opt *image.Options, hooks *hooks) (*writer, e
 	return w, nil
 }
 
-// clearFeatures turns off the autoclear bits that we do not know, as who opens
-// an image for writing has to. That of the bitmaps goes before the first
-// change, since we do not keep them up to date.
-func (w *writer) clearFeatures(h *header) error {
+// clearFeatures turns off the autoclear bits that we do not know, as whoever
+// opens an image for writing has to.
+func (w *writer) clearFeatures() error {
 	known := autoclearBitmaps
 	if w.geo.dataFile {
 		known |= autoclearDataFileRaw
 	}
-	w.stale = h.autoclear & autoclearBitmaps
-	w.cleared.Store(w.stale == 0)
-	if h.autoclear&^known == 0 {
-		return nil
+	if unknown := w.header.autoclear &^ known; unknown != 0 {
+		return setAutoclear(w.store, unknown, false)
 	}
-	return clearAutoclear(w.store, h.autoclear&^known)
-}
-
-// firstChange is called before anything is changed, and returns when the bits
-// that the change makes stale are off.
-func (w *writer) firstChange() error {
-	if w.cleared.Load() {
-		return nil
-	}
-	w.clearOnce.Lock()
-	defer w.clearOnce.Unlock()
-	if w.cleared.Load() {
-		return nil
-	}
-	if err := clearAutoclear(w.store, w.stale); err != nil {
-		return err
-	}
-	w.cleared.Store(true)
 	return nil
 }
 
-// clearAutoclear turns autoclear bits off, durably.
-func clearAutoclear(s storage.Store, bits autoclear) error {
+// firstChange is called before anything is changed. It returns when bitmaps
+// that will not be kept up to date are marked as such.
+func (w *writer) firstChange() error {
+	if w.marked.Load() {
+		return nil
+	}
+	w.marking.Lock()
+	defer w.marking.Unlock()
+	if w.marked.Load() {
+		return nil
+	}
+	for i := range w.bitmaps {
+		if w.bitmaps[i].recording() {
+			if err := abandonBitmaps(w.store, w.header, w.bitmaps); err != nil {
+				return err
+			}
+			break
+		}
+	}
+	w.marked.Store(true)
+	return nil
+}
+
+// setAutoclear turns autoclear bits on or off, durably.
+func setAutoclear(s storage.Store, bits autoclear, on bool) error {
 	var b [8]byte
 	if _, err := s.ReadAt(b[:], 88); err != nil {
 		return fmt.Errorf("header: %w", err)
 	}
-	binary.BigEndian.PutUint64(b[:], binary.BigEndian.Uint64(b[:])&^uint64(bits))
+	v := autoclear(binary.BigEndian.Uint64(b[:])) &^ bits
+	if on {
+		v |= bits
+	}
+	binary.BigEndian.PutUint64(b[:], uint64(v))
 	if err := s.WriteAt(b[:], 88, 0); err != nil {
 		return fmt.Errorf("header: %w", err)
 	}
