@@ -16,7 +16,7 @@ import (
 // A short run of every server here: there are figures of each, and neither a
 // process nor a file is left.
 func TestRun(t *testing.T) {
-	qemu.Require(t, "qemu-nbd", "nbdkit", "nbd-server", "qemu-img")
+	qemu.Require(t, "qemu-nbd", "nbdkit", "nbd-server", "qemu-img", "qemu-io")
 	dir := t.TempDir()
 	out := filepath.Join(dir, "figures.json")
 	before := descendants(os.Getpid())
@@ -24,7 +24,7 @@ func TestRun(t *testing.T) {
 	err := run(t.Context(), []string{
 		"-imgnbd", "none", "-repeats", "2", "-time", "20ms", "-size", "64", "-disk", dir, "-json", out,
 		"-server", "mine=nbdkit -f -U {socket} file {image}",
-		"-run", `^(raw read 1M qd16(, tcp|, structured)?|raw rand write 4k qd32|new raw write 64k qd16|qcow2 rand read 4k qd1)$`,
+		"-run", `^(raw read 1M qd16(, tcp|, structured)?|raw rand write 4k qd32|new raw write 64k qd16|qcow2 (rand read 4k qd1|first rand write 4k qd32|chain of 4 rand read 4k qd32))$`,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -37,8 +37,8 @@ func TestRun(t *testing.T) {
 	if err := json.Unmarshal(text, &findings); err != nil {
 		t.Fatal(err)
 	}
-	if len(findings) != 6 {
-		t.Errorf("%d workloads, want 6", len(findings))
+	if len(findings) != 8 {
+		t.Errorf("%d workloads, want 8", len(findings))
 	}
 	for _, f := range findings {
 		want := 5
@@ -119,15 +119,13 @@ func TestRatio(t *testing.T) {
 	}
 }
 
-// The quick form is eight workloads on raw images; names are told apart.
+// The quick form is eight workloads on raw images and three that write to
+// qcow2; names are told apart.
 func TestTable(t *testing.T) {
-	quick, names := 0, map[string]bool{}
+	quick, names := map[string]int{}, map[string]bool{}
 	for _, w := range workloads {
 		if w.quick {
-			quick++
-			if w.kind.format != "raw" {
-				t.Errorf("%s is quick", w.name)
-			}
+			quick[w.kind.format]++
 		}
 		if names[w.name] {
 			t.Errorf("%s is there twice", w.name)
@@ -137,7 +135,7 @@ func TestTable(t *testing.T) {
 			t.Errorf("%s goes over %s", w.name, w.transport)
 		}
 	}
-	if quick != 8 {
-		t.Errorf("%d quick workloads", quick)
+	if quick["raw"] != 8 || quick["qcow2"] != 3 {
+		t.Errorf("quick workloads by format: %v", quick)
 	}
 }

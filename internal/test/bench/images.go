@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -51,16 +52,21 @@ func (i *images) get(w workload) (string, error) {
 	if w.kind.fresh {
 		os.Remove(file)
 		args := append([]string{"create", "-q"}, w.kind.create...)
-		return file, qemuImg(append(args, file, fmt.Sprint(i.size))...)
+		return file, qemuImg(append(args, file, fmt.Sprint(cmp.Or(w.kind.size, i.size)))...)
 	}
 	if i.made[file] != "" {
 		return file, nil
 	}
-	if w.kind.convert == nil {
+	switch {
+	case w.kind.chain > 0:
+		if err := i.chain(file, w.kind.chain); err != nil {
+			return "", err
+		}
+	case w.kind.convert == nil:
 		if err := i.fill(file); err != nil {
 			return "", err
 		}
-	} else {
+	default:
 		base, err := i.get(workload{kind: raw})
 		if err != nil {
 			return "", err
@@ -98,6 +104,35 @@ func (i *images) fill(file string) error {
 		return err
 	}
 	return f.Close()
+}
+
+// chain makes a chain of n images, of which file is the last. Each cluster
+// lies in one of them.
+func (i *images) chain(file string, n int) error {
+	const cluster = 64 << 10
+	commands := make([]strings.Builder, n)
+	rng := rand.New(rand.NewPCG(6, uint64(n)))
+	for at := int64(0); at < i.size; at += cluster {
+		fmt.Fprintf(&commands[rng.IntN(n)], "write -q -P %d %d %d\n", 1+rng.IntN(255), at, cluster)
+	}
+	for layer := range n {
+		name, args := file, []string{"create", "-q", "-f", "qcow2"}
+		if layer < n-1 {
+			name = fmt.Sprint(file, "-", layer)
+		}
+		if layer > 0 {
+			args = append(args, "-F", "qcow2", "-b", fmt.Sprint(file, "-", layer-1))
+		}
+		if err := qemuImg(append(args, name, fmt.Sprint(i.size))...); err != nil {
+			return err
+		}
+		write := exec.Command("qemu-io", "-f", "qcow2", name)
+		write.Stdin = strings.NewReader(commands[layer].String())
+		if out, err := write.CombinedOutput(); err != nil {
+			return fmt.Errorf("qemu-io: %w\n%s", err, out)
+		}
+	}
+	return nil
 }
 
 func warm(file string) error {

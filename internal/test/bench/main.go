@@ -7,7 +7,7 @@
 // in alternating order, and what counts is the ratio within a repeat. The CPU
 // time that a server took for an operation is steadier than its rate.
 //
-//	go run ./internal/test/bench                      eight workloads, under 3 minutes
+//	go run ./internal/test/bench                      eleven workloads, under 3 minutes
 //	go run ./internal/test/bench -full                all of them
 //	go run ./internal/test/bench -base old/imgnbd     two builds of ours, too
 //
@@ -61,7 +61,7 @@ type options struct {
 
 func parse(args []string) (o options, err error) {
 	f := flag.NewFlagSet("bench", flag.ExitOnError)
-	f.BoolVar(&o.full, "full", false, "all workloads, not only eight")
+	f.BoolVar(&o.full, "full", false, "all workloads, not only eleven")
 	f.IntVar(&o.repeats, "repeats", 3, "how often each server is measured in each workload")
 	f.DurationVar(&o.duration, "time", 600*time.Millisecond, "how long each time")
 	mib := f.Int64("size", 256, "MiB of each image")
@@ -216,6 +216,9 @@ func once(ctx context.Context, o options, w workload, s server, img *images) (sa
 	file, err := img.get(w)
 	if err != nil {
 		return sample{}, err
+	}
+	if w.kind.fresh {
+		defer os.Remove(file)
 	}
 	p, err := start(ctx, s, img.disk, w.transport, w.kind.format, file)
 	if err != nil {

@@ -72,8 +72,10 @@ type kind struct {
 	// fresh images are made anew before each measurement and hold nothing: it
 	// is first writes that are measured.
 	fresh   bool
+	size    int64    // of the disk of a fresh one, if that is not the size of all
 	convert []string // arguments of qemu-img convert that make it from the raw image
 	create  []string // or of qemu-img create, for a fresh one
+	chain   int      // or how many images hold its clusters between them, at random
 }
 
 var (
@@ -82,6 +84,11 @@ var (
 	qcow2   = kind{name: "qcow2", format: "qcow2", convert: []string{"-O", "qcow2"}}
 	qcow2z  = kind{name: "qcow2 zlib", format: "qcow2", convert: []string{"-c", "-O", "qcow2", "-o", "compression_type=zlib"}}
 	qcow2zs = kind{name: "qcow2 zstd", format: "qcow2", convert: []string{"-c", "-O", "qcow2", "-o", "compression_type=zstd"}}
+
+	// So large that the first writes do not run out.
+	newQcow2 = kind{name: "new qcow2", format: "qcow2", fresh: true, size: 64 << 30, create: []string{"-f", "qcow2"}}
+	chain4   = kind{name: "chain of 4", format: "qcow2", chain: 4}
+	chain16  = kind{name: "chain of 16", format: "qcow2", chain: 16}
 )
 
 // Where images lie, and how clients come.
@@ -148,10 +155,25 @@ var workloads = []workload{
 	{"new raw write 64k qd16", false, newRaw, memory, unix, writes(1, 16, 64*k)},
 	{"new raw read 1M qd16, structured", false, newRaw, memory, unix, structured(reads(1, 16, m))},
 
+	{"qcow2 first rand write 4k qd32", true, newQcow2, memory, unix, random(writes(1, 32, 4*k))},
+	{"qcow2 first write 1M qd16", true, newQcow2, memory, unix, writes(1, 16, m)},
+	{"qcow2 rand write 4k qd32", true, qcow2, memory, unix, random(writes(1, 32, 4*k))},
+
+	{"qcow2 first write 4k qd32", false, newQcow2, memory, unix, writes(1, 32, 4*k)},
+	{"qcow2 first write 64k qd16", false, newQcow2, memory, unix, writes(1, 16, 64*k)},
+	{"qcow2 first rand write 64k qd16", false, newQcow2, memory, unix, random(writes(1, 16, 64*k))},
+	{"qcow2 8 first writes:1 flush 4k qd32, disk", false, newQcow2, disk, unix, random(mix(1, 32, 4*k, 0, 8, 1))},
+	{"qcow2 write 1M qd16", false, qcow2, memory, unix, writes(1, 16, m)},
 	{"qcow2 read 1M qd16", false, qcow2, memory, unix, reads(1, 16, m)},
 	{"qcow2 rand read 4k qd1", false, qcow2, memory, unix, random(reads(1, 1, 4*k))},
 	{"qcow2 rand read 4k qd32", false, qcow2, memory, unix, random(reads(1, 32, 4*k))},
 	{"qcow2 read 1M qd16, tcp", false, qcow2, memory, tcp, reads(1, 16, m)},
+	{"new qcow2 read 1M qd16", false, newQcow2, memory, unix, reads(1, 16, m)},
+	{"new qcow2 read 1M qd16, structured", false, newQcow2, memory, unix, structured(reads(1, 16, m))},
+	{"qcow2 chain of 4 read 1M qd16", false, chain4, memory, unix, reads(1, 16, m)},
+	{"qcow2 chain of 4 rand read 4k qd32", false, chain4, memory, unix, random(reads(1, 32, 4*k))},
+	{"qcow2 chain of 16 read 1M qd16", false, chain16, memory, unix, reads(1, 16, m)},
+	{"qcow2 chain of 16 rand read 4k qd32", false, chain16, memory, unix, random(reads(1, 32, 4*k))},
 	{"qcow2 zlib read 1M qd16", false, qcow2z, memory, unix, reads(1, 16, m)},
 	{"qcow2 zlib rand read 4k qd32", false, qcow2z, memory, unix, random(reads(1, 32, 4*k))},
 	{"qcow2 zstd read 1M qd16", false, qcow2zs, memory, unix, reads(1, 16, m)},
