@@ -22,7 +22,9 @@ const (
 
 // A decoder reads compressed clusters. It decodes in as many workspaces as
 // there are processors, whoever asks, and keeps the clusters that were last
-// read in part, so that a sequence of small reads decodes each once.
+// read in part. Of such a cluster what lies behind the read is not decoded:
+// random reads need half of it on average. The next read that goes further
+// decodes all, so that a sequence of small reads decodes little twice.
 type decoder struct {
 	method      compression
 	clusterSize int64
@@ -42,6 +44,7 @@ type decoder struct {
 type decoded struct {
 	entry      l2Entry
 	prev, next *decoded
+	length     int64         // of data, from the beginning of the cluster
 	users      int           // who waits or copies; guarded by decoder.mu
 	ready      chan struct{} // closed when the rest is set
 	data       []byte
@@ -73,15 +76,17 @@ func newDecoder(g *geometry, method compression, store storage.Store) *decoder {
 
 // readAt fills p from a compressed cluster, beginning within it.
 func (d *decoder) readAt(p []byte, e l2Entry, within int64) error {
-	c, mine := d.find(e, int64(len(p)) < d.clusterSize)
+	c, mine := d.find(e, within+int64(len(p)), int64(len(p)) < d.clusterSize)
 	if c == nil {
 		return d.decode(p, e)
 	}
 	defer d.release(c)
 	if mine {
-		c.data = d.buffer()
+		c.data = d.buffer()[:c.length]
 		if c.err = d.decode(c.data, e); c.err != nil {
-			d.forget(e) // the next one tries again
+			d.mu.Lock()
+			d.drop(c) // the next one tries again
+			d.mu.Unlock()
 		}
 		close(c.ready)
 	} else {
@@ -96,7 +101,7 @@ func (d *decoder) readAt(p []byte, e l2Entry, within int64) error {
 
 // tryReadAt is readAt if that need not wait; it reports whether it was.
 func (d *decoder) tryReadAt(p []byte, e l2Entry, within int64) bool {
-	c, _ := d.find(e, false)
+	c, _ := d.find(e, within+int64(len(p)), false)
 	if c == nil {
 		return false
 	}
@@ -113,17 +118,24 @@ func (d *decoder) tryReadAt(p []byte, e l2Entry, within int64) bool {
 	return true
 }
 
-// find returns a cluster that is kept or on its way. If there is none it
-// returns nil, or with add a new one, which the caller has to make ready.
-func (d *decoder) find(e l2Entry, add bool) (c *decoded, mine bool) {
+// find returns a cluster that is kept or on its way, up to end at least. If
+// there is none it returns nil, or with add a new one, which the caller has to
+// make ready.
+func (d *decoder) find(e l2Entry, end int64, add bool) (c *decoded, mine bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	c = d.kept[e]
 	switch {
-	case c != nil:
+	case c != nil && c.length >= end:
 		d.unlink(c)
 	case add:
-		c, mine = &decoded{entry: e, ready: make(chan struct{})}, true
+		if c != nil || d.method == compressionZstd { // which is decoded by the block
+			end = d.clusterSize
+		}
+		if c != nil {
+			d.drop(c)
+		}
+		c, mine = &decoded{entry: e, length: end, ready: make(chan struct{})}, true
 		d.kept[e] = c
 	default:
 		return nil, false
@@ -147,15 +159,6 @@ func (d *decoder) release(c *decoded) {
 			d.drop(old)
 		}
 		old = prev
-	}
-}
-
-// forget drops a cluster whose host bytes are about to be used for other data.
-func (d *decoder) forget(e l2Entry) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if c := d.kept[e]; c != nil {
-		d.drop(c)
 	}
 }
 
@@ -193,7 +196,7 @@ func (d *decoder) drop(c *decoded) {
 // is held.
 func (d *decoder) recycle(c *decoded) {
 	if c.users == 0 && c.data != nil && len(d.free) < d.max {
-		d.free, c.data = append(d.free, c.data), nil
+		d.free, c.data = append(d.free, c.data[:d.clusterSize]), nil
 	}
 }
 
@@ -210,7 +213,7 @@ func (d *decoder) buffer() []byte {
 	return b
 }
 
-// decode reads and decodes a whole cluster into p.
+// decode fills p from the beginning of a cluster.
 func (d *decoder) decode(p []byte, e l2Entry) error {
 	host, n := d.geo.compressed(e)
 	w := <-d.workspaces

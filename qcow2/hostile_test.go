@@ -333,10 +333,10 @@ func TestTryReadAt(t *testing.T) {
 	if err := im.TryReadAt(p, 0x10000); !errors.Is(err, image.ErrWouldBlock) {
 		t.Errorf("cluster not decoded: %v", err)
 	}
-	if _, err := im.ReadAt(p, 0x10000); err != nil {
+	if _, err := im.ReadAt(p, 0x1f000); err != nil {
 		t.Fatal(err)
 	}
-	if err := im.TryReadAt(p, 0x1f000); err != nil || p[0] != 2 || p[4095] != 2 {
+	if err := im.TryReadAt(p, 0x10000); err != nil || p[0] != 2 || p[4095] != 2 {
 		t.Errorf("decoded: %v, %d", err, p[0])
 	}
 }
@@ -433,21 +433,37 @@ func TestEviction(t *testing.T) {
 	}
 }
 
-func TestDecoderForgets(t *testing.T) {
+// TestDecoderPrefix: what lies behind the first read of a cluster is not
+// decoded, so an error there is found by who reads that far; a second read
+// brings in all.
+func TestDecoderPrefix(t *testing.T) {
 	x := build(16, 1<<20)
-	x.compressed(0, deflate(t, bytes.Repeat([]byte{2}, 0x10000)))
+	data := texts(0x10000)["words"]
+	x.compressed(0, deflate(t, data))
+	short := deflate(t, data)
+	x.compressed(0x10000, short[:len(short)/2])
 	im := x.open(t)
-	p := make([]byte, 16)
-	if _, err := im.ReadAt(p, 0); err != nil {
-		t.Fatal(err)
+	read := func(at int64, n int) error {
+		p := make([]byte, n)
+		_, err := im.ReadAt(p, at)
+		if err == nil && !bytes.Equal(p, data[at&0xffff:][:n]) {
+			t.Errorf("%d bytes at %#x are others", n, at)
+		}
+		return err
 	}
-	e := l2Entry(binary.BigEndian.Uint64(x.b[x.l2(0):]))
-	if !im.decoder.tryReadAt(p, e, 0) {
-		t.Error("not kept")
+	for _, at := range []int64{0x1000, 0x2000, 0xf000, 0, 0xffff} {
+		had := im.TryReadAt(make([]byte, 1), 0xffff) == nil
+		if err := read(at, 1); err != nil || had != (at != 0x1000 && at != 0x2000) {
+			t.Errorf("read at %#x: %v; all there before: %v", at, err, had)
+		}
 	}
-	im.decoder.forget(e)
-	if im.decoder.tryReadAt(p, e, 0) {
-		t.Error("not forgotten")
+	for range 2 {
+		if err := read(0x10000, 512); err != nil {
+			t.Errorf("the beginning of a cluster whose end is missing: %v", err)
+		}
+		if err := read(0x1f000, 512); !errors.Is(err, image.ErrCorrupt) {
+			t.Errorf("its end: %v", err)
+		}
 	}
 }
 
