@@ -95,6 +95,7 @@ release: ## build/: the program for each system, reproducible, with checksums
 
 .PHONY: nightly
 nightly: lint test race ## everything, in its long form
+	IMGNBD_CRASH=100 $(GO) test ./qcow2 -run 'TestCrash$$|TestCrashAfterFaults' -count=1 -timeout 3h
 	$(MAKE) fuzz FUZZTIME=10m
 	$(MAKE) bench BENCH=-full
 

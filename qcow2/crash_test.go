@@ -92,10 +92,10 @@ func faultKind(seed uint64) *simKind {
 	return &k
 }
 
-// faulty makes a few operations of s fail: syncs, pointers, small writes, any.
-func (s *sim) faulty() {
+// faulty makes a few operations of s fail: syncs, pointers, small writes or
+// any writes.
+func (s *sim) faulty(what int) {
 	r := rand.New(rand.NewPCG(s.seed, 7))
-	what := r.IntN(4)
 	at, n := r.IntN([]int{12, 20, 100, 250}[what]), 1+r.IntN([]int{1, 3, 3, 3}[what])
 	seen := 0
 	s.log.Fail = func(e storagetest.Event) error {
@@ -119,7 +119,7 @@ func TestCrashAfterFaults(t *testing.T) {
 	failed := 0
 	for seed := range crashRuns(44) {
 		s := newSim(t, faultKind(seed), seed, defects{})
-		s.faulty()
+		s.faulty(int(seed / 2 % 4))
 		if err := s.run(); err != nil {
 			t.Fatal(err)
 		}
@@ -145,15 +145,22 @@ func TestCrashFindsDefects(t *testing.T) {
 		t.Run(f.Name, func(t *testing.T) {
 			var d defects
 			*(*bool)(unsafe.Add(unsafe.Pointer(&d), f.Offset)) = true
-			for seed := range uint64(300) {
-				kind, faults := &simKinds[seed%uint64(len(simKinds))], false
+			for seed := range uint64(1000) {
+				// Some show themselves only where errors strike, or where much is
+				// made of what they are about.
+				kind := &simKinds[seed%uint64(len(simKinds))]
 				switch f.Name {
-				case "tablesAnew", "noRetrySync", "forgetFailedSync":
-					kind, faults = faultKind(seed), true
+				case "tablesAnew", "noRetrySync", "forgetFailedSync", "refTableEarly":
+					kind = faultKind(0)
+				case "growZeroes", "noGrace":
+					kind = &simKind{name: "crowded", options: "cluster_size=4k", size: 128 << 10, hot: 8 << 10, workers: 8, ops: 400}
 				}
 				s := newSim(t, kind, seed, d)
-				if faults {
-					s.faulty()
+				switch f.Name {
+				case "tablesAnew", "noRetrySync":
+					s.faulty(1)
+				case "forgetFailedSync":
+					s.faulty(0)
 				}
 				if err := s.run(); err != nil {
 					t.Fatal(err)

@@ -1,4 +1,5 @@
-// Package qcow2 reads images in QEMU's copy-on-write format, versions 2 and 3.
+// Package qcow2 reads and writes images in QEMU's copy-on-write format,
+// versions 2 and 3.
 //
 // It is built in three strata, each of which knows only those above it here:
 //
@@ -6,13 +7,18 @@
 //     They do no I/O, and check every limit before anything is allocated.
 //   - metadata: cache.go keeps slices of L2 tables, mapping.go turns guest
 //     ranges into segments, runs of guest bytes that come from one place.
-//   - device: image.go opens an image, read.go serves it; compress.go,
-//     datafile.go, backing.go, snapshot.go, bitmap.go, check.go and
-//     inspect.go are the features on top.
+//     link.go changes the mapping, alloc.go hands out host clusters, refcount.go
+//     counts them, epoch.go tells who may still know of one. commit.go brings
+//     it all to the store, and is the only place that orders writes. journal.go
+//     and replay.go are for the death of the process.
+//   - device: image.go opens an image, read.go serves it, writer.go, write.go
+//     and zero.go change it; compress.go, datafile.go, backing.go, snapshot.go,
+//     bitmap.go, check.go, rebuild.go, create.go and inspect.go are the features
+//     on top.
 //
-// The unit of everything is the segment: reads, extents and locations are
-// folds over the segments of a range, so a long read costs one lookup per
-// slice and one read per run, not one per cluster.
+// The unit of reading is the segment: reads, extents and locations are folds
+// over the segments of a range, so a long read costs one lookup per slice and
+// one read per run, not one per cluster.
 //
 // # Reading without locks
 //
@@ -21,11 +27,83 @@
 // while holding nothing; others who want the same slice wait for it, everybody
 // else goes on. Nothing is locked while guest data is read.
 //
+// # Writing
+//
+// The entries in memory are what is true; the store follows. An overwrite of a
+// cluster that is ours alone (a data cluster with the copied flag) is a write
+// to the store and takes no lock. Everything else changes entries: it claims
+// them, takes clusters from the allocator, writes to these what the request has
+// and around it what was there, and then links them: it sets the entries under
+// the lock of their slice. Who meets a claim waits. No lock is held across I/O.
+//
+// What an entry pointed to before is dropped. It becomes free when two things
+// are certain: that no table in the store points to it any more, and that no
+// request can. The first is the committer's business, the second that of the
+// epochs: a request is inside one from before it looks at the mapping until it
+// is done with the host offsets that it found.
+//
+// Lock order: cacheSet.mu, slice.mu, changes.tableMu, allocator.mu. All others
+// are leaves. Nobody holds one of them while waiting for a commit; a request
+// may hold its epoch, for the committer never waits for requests. What needs
+// the image for itself freezes the epochs.
+//
+// # What a commit does, and in which order
+//
+// The committer is one goroutine. A batch is cut: the entries that changed are
+// copied out as they are now. Stage A writes what nothing in the store points
+// to: refcounts, new refcount blocks, new L2 tables. A sync makes that durable,
+// and the guest data too. Stage B writes the pointers: refcount table entries,
+// L2 entries, L1 entries, the header. Another sync makes the batch durable; it
+// also serves stage A of the next. So a flush costs two syncs, one if no entry
+// changed, and one each in a stream of flushes.
+//
+// The rules. For each there is a switch among the defects, and a test that
+// shows that the crash simulator notices when it is off.
+//
+//	R1   an entry is set after all that it points to was handed to the store
+//	R2   a sync lies between stage A and stage B
+//	R3   a sync lies between stage B and the answer to a flush
+//	R4   stage B writes entries as they were at the cut
+//	R5   a count is lowered in a batch cut after the pointer's removal was durable
+//	R6   a cluster is reused after that, and after all requests that can know it
+//	R7   filling is skipped only in clusters that were never written
+//	R8   the mapping of a cluster is changed by one request at a time
+//	R9   zeroing a part of a cluster never zeroes more than was asked for
+//	R10  a table whose L1 entry may have been written is not new any more, even if
+//	     its batch failed: it is changed in place
+//	R11  what a new refcount block covers is handed out once a batch has the block;
+//	     if that batch fails, the next syncs between blocks and entries
+//	R12  a record is in the journal before its entry is visible, and its slice on
+//	     the dirty list before the record has a number; a cut reads the journal's
+//	     end first, the list second
+//	R13  records are dropped when the batch is durable, not at its cut
+//	R14  what replay frees goes through the same quarantine
+//	R15  after a failed sync no metadata is written, and no flush succeeds
+//
+// Why it holds, in short: take any state of the store after a power cut. Every
+// pointer in it was written by a stage B, so its target and its count were made
+// durable before, and the target was not given to another since, for that takes
+// a later durable batch without the pointer. So what can be reached is what
+// belongs there, whichever of the unsynced writes survived; what is lost are
+// clusters that are counted and not used, which are leaks.
+//
+// If the process dies and not the machine, the store is such a state, and the
+// journal has every entry that differs from it. A successor links these again
+// by the ordinary path; until that is durable it changes nothing in the journal,
+// so it may die as well.
+//
+// Errors leave the state as it was. A request that fails before it links gives
+// back what it took. A batch that fails is dirty again, whole, and the next
+// commit tries again. Only a failed sync is for good: the host forgets which
+// pages it could not write, and a later sync tells nothing about them.
+//
 // # Trust
 //
 // An image is input. Sizes are checked against the limits of the format before
 // anything is allocated, entries when they are used: an offset that is not
 // aligned or lies past the end of its store, a reserved bit, a zero flag in an
-// image of version 2 wrap [image.ErrCorrupt] and name structure and place. What
-// the image names is opened by the caller's [image.Opener] only.
+// image of version 2 wrap [image.ErrCorrupt] and name structure and place. An
+// entry that points to a table, or a count that cannot be, marks the image as
+// corrupt and ends all writing to it. What the image names is opened by the
+// caller's [image.Opener] only.
 package qcow2
