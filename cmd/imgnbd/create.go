@@ -255,7 +255,6 @@ func createWords(f *image.Format, err error) error {
 		}
 	case errors.Is(err, image.ErrInUse):
 		text += fmt.Sprintf("\nIs another process using the image [%s]?", place.Name)
-		return says("%s", text) // the same as the hint has
 	case isErrno:
 		text = fmt.Sprintf("Could not create '%s': %s", place.Name, strerror(place.Err))
 	}

@@ -128,7 +128,7 @@ const (
 
 func newStore(f *os.File, n *node, opt storage.Options) (*store, error) {
 	s := &store{file: f, fd: n.fd, block: n.block, sector: n.sector, try: n.try}
-	if err := lockImage(n.fd, f.Name(), opt.Access, opt.Share); err != nil {
+	if err := lockImage(n.fd, opt.Access, opt.Share); err != nil {
 		return nil, err
 	}
 	s.info = n.info

@@ -51,7 +51,7 @@ func permissions(access storage.Access, share storage.Sharing) (used, unshared p
 
 // lockImage takes the locks, which end when the file is closed. Where the file
 // system has none, it succeeds without, as QEMU does.
-func lockImage(fd int, path string, access storage.Access, share storage.Sharing) error {
+func lockImage(fd int, access storage.Access, share storage.Sharing) error {
 	if share == storage.ShareNoLock {
 		return nil
 	}
@@ -61,24 +61,24 @@ func lockImage(fd int, path string, access storage.Access, share storage.Sharing
 	used, unshared := permissions(access, share)
 	for i := range permissionNames {
 		if used>>i&1 != 0 {
-			if err := lockByte(fd, path, lockUsed+i); err != nil {
+			if err := lockByte(fd, lockUsed+i); err != nil {
 				return err
 			}
 		}
 		if unshared>>i&1 != 0 {
-			if err := lockByte(fd, path, lockUnshared+i); err != nil {
+			if err := lockByte(fd, lockUnshared+i); err != nil {
 				return err
 			}
 		}
 	}
 	for i, name := range permissionNames {
 		if used>>i&1 != 0 {
-			if err := checkByte(fd, path, lockUnshared+i, fmt.Sprintf("%q lock", name)); err != nil {
+			if err := checkByte(fd, lockUnshared+i, fmt.Sprintf("%q lock", name)); err != nil {
 				return err
 			}
 		}
 		if unshared>>i&1 != 0 {
-			if err := checkByte(fd, path, lockUsed+i, fmt.Sprintf("shared %q lock", name)); err != nil {
+			if err := checkByte(fd, lockUsed+i, fmt.Sprintf("shared %q lock", name)); err != nil {
 				return err
 			}
 		}
@@ -86,27 +86,27 @@ func lockImage(fd int, path string, access storage.Access, share storage.Sharing
 	return nil
 }
 
-func lockByte(fd int, path string, at int) error {
+func lockByte(fd, at int) error {
 	l := unix.Flock_t{Type: unix.F_RDLCK, Start: int64(at), Len: 1}
 	err := retry(func() error { return unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &l) })
 	if err == unix.EAGAIN || err == unix.EACCES {
-		return inUse(fd, path, at, fmt.Sprintf("lock on byte %d", at))
+		return inUse(fd, at, fmt.Sprintf("lock on byte %d", at))
 	}
 	return err
 }
 
-func checkByte(fd int, path string, at int, what string) error {
+func checkByte(fd, at int, what string) error {
 	other, err := otherLock(fd, at)
 	if err != nil || !other {
 		return err
 	}
-	return inUse(fd, path, at, what)
+	return inUse(fd, at, what)
 }
 
-func inUse(fd int, path string, at int, what string) error {
+func inUse(fd, at int, what string) error {
 	return &storage.Hint{
 		Err:    &lockError{what: what, holder: lockHolder(fd, at)},
-		Advice: fmt.Sprintf("Is another process using the image [%s]?", path),
+		Advice: "end that process first, or wait until it is done with the image",
 	}
 }
 

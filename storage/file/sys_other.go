@@ -69,7 +69,7 @@ func (n *node) examine() error {
 	return nil
 }
 
-func lockImage(int, string, storage.Access, storage.Sharing) error { return nil }
+func lockImage(int, storage.Access, storage.Sharing) error { return nil }
 
 func sizeOf(fd int, _ bool) (int64, error) {
 	var st syscall.Stat_t
