@@ -84,7 +84,7 @@ type BlockSize struct {
 type Extent struct {
 	Offset, Length int64
 	Zero           bool // reads as zeros
-	Data           bool // occupies storage; a preallocated zero cluster is Zero and Data
+	Data           bool // has bytes of its own to be read; a zero cluster has none, though it may keep space
 	Allocated      bool // some layer of the chain holds it
 	Compressed     bool
 	Depth          int      // the layer that holds it: 0 is the top; meaningful if Allocated
