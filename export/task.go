@@ -21,7 +21,6 @@ type task struct {
 
 	parts [][]byte // the reply
 	heads []byte   // storage of parts that are not in buf
-	err   error    // why no reply can be given; the connection ends
 }
 
 var tasks = sync.Pool{New: func() any { return &task{heads: make([]byte, 0, 256)} }}
