@@ -133,7 +133,10 @@ func (h *host) attach(ctx context.Context, opt Options) (_ *Attachment, err erro
 	if err := h.setRequestTimer(index, len(conns)); err != nil {
 		return nil, err
 	}
-	return a, h.awaitReady(ctx, index, c.size)
+	if err := h.awaitReady(ctx, index, c.size); err != nil {
+		return nil, err
+	}
+	return a, nil
 }
 
 // kernelFlags are the transmission flags that a kernel knows.
@@ -270,7 +273,9 @@ func (h *host) rescan(ctx context.Context, index int) error {
 		}
 		err = d.rescan()
 		d.Close()
-		if err == nil {
+		// A table that cannot be read has no partitions: the disk may be
+		// there to be repaired, or too small for one.
+		if err == nil || errors.Is(err, syscall.EIO) {
 			return nil
 		}
 		// Others scan too, and claim the device for that. What they find is

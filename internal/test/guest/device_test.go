@@ -1,0 +1,326 @@
+//go:build linux
+
+package guest
+
+import (
+	"testing"
+
+	"github.com/imgnbd/imgnbd/internal/test/vm"
+)
+
+// From an empty image to files and back, with every tool that a person would
+// use, nothing waited for in between.
+const chain = `
+# chain FORMAT IMAGE
+chain() {
+    imgnbd -c /dev/nbd0 -f "$1" --discard=unmap "$2"
+    [ "$(blockdev --getsize64 /dev/nbd0)" = 629145600 ] || fail "$(blockdev --getsize64 /dev/nbd0) bytes"
+    nodes /dev/nbd0
+    printf 'label: gpt\n,100M\n,350M\n,\n' | sfdisk -q /dev/nbd0
+    nodes /dev/nbd0 1 2 3
+    mkfs.ext4 -q /dev/nbd0p1
+    mkfs.xfs -q /dev/nbd0p2
+    mkfs.vfat /dev/nbd0p3 >/dev/null
+    local i
+    for i in 1 2 3; do
+        mkdir -p m$i
+        mount /dev/nbd0p$i m$i
+        fill m$i
+    done
+    refused "/dev/nbd0p2 is mounted on $PWD/m2" -- imgnbd -d /dev/nbd0
+    refused 'in use' "$2" -- imgnbd -c /dev/nbd0 -f raw other.raw
+    umount m1 m2 m3
+    [ "$(imgnbd -d /dev/nbd0)" = '/dev/nbd0 disconnected' ]
+    free /dev/nbd0
+    # The image is closed when -d returns: its judges need no lock.
+    [ "$1" = raw ] || qemu-img check -q -f "$1" "$2"
+    [ "$1" = raw ] || imgnbd check -q -f "$1" "$2"
+
+    local dev
+    dev=$(imgnbd -c auto -r -f "$1" "$2")
+    nodes $dev 1 2 3
+    for i in 1 2 3; do
+        mount -o ro $dev"p$i" m$i
+        verify m$i
+        umount m$i
+    done
+    [ "$(blockdev --getro $dev)" = 1 ] || fail "$dev is writable"
+    imgnbd -d $dev
+    free $dev
+}
+truncate -s 600M disk.raw
+truncate -s 1M other.raw
+imgnbd create -q -f qcow2 disk.qcow2 600M
+imgnbd create -q -f qcow2 base.qcow2 600M
+imgnbd create -q -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2
+`
+
+var chainTools = []string{"sfdisk", "mkfs.ext4", "mkfs.xfs", "mkfs.vfat", "qemu-img"}
+
+func TestChain(t *testing.T) {
+	run(t, vm.Options{Kernel: "6.12", Memory: 1536, Script: chain + `
+chain raw disk.raw
+chain qcow2 disk.qcow2
+chain qcow2 overlay.qcow2
+`}, chainTools...)
+}
+
+func TestChainOlder(t *testing.T) {
+	run(t, vm.Options{Kernel: "6.1", Memory: 1536, Script: chain + `
+chain qcow2 disk.qcow2
+`}, chainTools...)
+}
+
+// The partitions of the image are there at once, and those of another image
+// never, however the module was loaded.
+func TestPartitions(t *testing.T) {
+	for _, kernel := range []string{"6.1", "6.12"} {
+		t.Run(kernel, func(t *testing.T) {
+			run(t, vm.Options{Kernel: kernel, Script: `
+truncate -s 64M two.raw five.raw none.raw
+printf ',10M\n,\n' | sfdisk -q two.raw
+printf ',10M\n,10M\n,,E\n,10M\n,\n' | sfdisk -q five.raw
+for max in default 0 8 16; do
+    options=
+    [ $max = default ] || options=--max-part=$max
+    for i in 1 2 3; do
+        for image in 'two.raw 1 2' 'none.raw' 'five.raw 1 2 3 4 5'; do
+            set -- $image
+            # The table's third partition is the extended one, whose logical
+            # ones are 5 and 6.
+            [ $1 != five.raw ] || set -- five.raw 1 2 3 5 6
+            imgnbd -c /dev/nbd0 $options -f raw $1
+            shift
+            nodes /dev/nbd0 "$@"
+            imgnbd -d /dev/nbd0
+            free /dev/nbd0
+        done
+    done
+    echo "max_part $(cat /sys/module/nbd/parameters/max_part)"
+    rmmod nbd
+done
+`}, "sfdisk")
+		})
+	}
+}
+
+// Of eight at once each gets a device of its own, which is the image that it
+// was asked for.
+func TestParallel(t *testing.T) {
+	run(t, vm.Options{Kernel: "6.12", Script: `
+modprobe nbd
+for i in 1 2 3 4 5 6 7 8; do
+    truncate -s "${i}M" $i.raw
+    echo "image $i" | dd of=$i.raw conv=notrunc status=none
+    printf ',\n' | sfdisk -q $i.raw
+    imgnbd -c auto -f raw $i.raw >$i.device &
+done
+wait
+[ "$(cat *.device | sort -u | wc -l)" = 8 ] || fail "$(cat *.device)"
+for i in 1 2 3 4 5 6 7 8; do
+    dev=$(cat $i.device)
+    [ "$(blockdev --getsize64 $dev)" = $((i << 20)) ]
+    [ "$(head -c 7 $dev)" = "image $i" ]
+    nodes $dev 1
+done
+imgnbd devices | tee list
+[ "$(grep -c '/scratch/.\.raw by imgnbd' list)" = 8 ]
+for i in 1 2 3 4 5 6 7 8; do
+    imgnbd -d "$(cat $i.device)" &
+done
+wait
+for i in 1 2 3 4 5 6 7 8; do
+    free "$(cat $i.device)"
+done
+[ -z "$(imgnbd devices)" ]
+`}, "sfdisk")
+}
+
+// What is in use is not detached, and who uses it is named. By force it is,
+// after a flush.
+func TestBusy(t *testing.T) {
+	run(t, vm.Options{Kernel: "6.12", Script: `
+truncate -s 64M disk.raw
+printf ',20M\n,20M\n,\n' | sfdisk -q disk.raw
+imgnbd -c /dev/nbd0 -f raw disk.raw
+mkswap -q /dev/nbd0p1
+swapon /dev/nbd0p1
+refused '/dev/nbd0p1 is swapped to' -- imgnbd -d /dev/nbd0
+swapoff /dev/nbd0p1
+
+echo "0 1000 linear /dev/nbd0p2 0" | dmsetup create part --noudevsync
+refused '/dev/nbd0p2 is part of /dev/mapper/part' -- imgnbd -d /dev/nbd0
+dmsetup remove part --noudevsync
+
+mkfs.ext4 -q /dev/nbd0p3
+mkdir m 'a mount'
+mount /dev/nbd0p3 'a mount'
+refused "/dev/nbd0p3 is mounted on $PWD/a mount" 'hint: umount' -- imgnbd -d /dev/nbd0
+imgnbd devices --output json | tee list
+grep -q '"use": "mount"' list
+umount 'a mount'
+
+# In a mount namespace of somebody else.
+unshare -m sh -c 'mount /dev/nbd0p3 m; touch ready; while [ ! -e done ]; do sleep 0.1; done' &
+eventually test -e ready
+refused "/dev/nbd0p3 is mounted on $PWD/m" -- imgnbd -d /dev/nbd0
+touch done
+wait
+
+mount /dev/nbd0p3 m
+echo kept >m/file
+refused 'stays until all have closed it' "mounted on $PWD/m" -- imgnbd -d --force /dev/nbd0
+eventually absent /run/imgnbd/nbd0.json
+umount m
+# What it left goes when the device is attached again.
+imgnbd -c /dev/nbd0 -f raw disk.raw
+nodes /dev/nbd0 1 2 3
+mount /dev/nbd0p3 m
+[ "$(cat m/file)" = kept ]
+umount m
+imgnbd -d /dev/nbd0
+free /dev/nbd0
+
+refused 'not attached' -- imgnbd -d /dev/nbd0
+refused '/dev/nbd0p1' -- imgnbd -d /dev/nbd0p1
+refused 'is not the name of a device' -- imgnbd -c /dev/null -f raw disk.raw
+truncate -s 0 empty.raw
+refused 'less than a block' -- imgnbd -c /dev/nbd0 -f raw empty.raw
+truncate -s 512 small.raw
+imgnbd -c /dev/nbd0 -f raw small.raw
+nodes /dev/nbd0
+imgnbd -d /dev/nbd0
+chmod 755 "$(dirname "$(command -v imgnbd)")"
+refused 'attaching needs root' -- setpriv --bounding-set -sys_admin imgnbd -c /dev/nbd0 -f raw disk.raw
+free /dev/nbd0
+`}, "sfdisk", "mkfs.ext4", "dmsetup", "setpriv")
+}
+
+// A signal has the server detach its device: what was written to it, and
+// not flushed by anybody, is in the image.
+func TestSignals(t *testing.T) {
+	run(t, vm.Options{Kernel: "6.12", Script: `
+truncate -s 32M disk.raw
+for signal in TERM INT HUP; do
+    imgnbd -v -c /dev/nbd0 -f raw disk.raw --pid-file=$PWD/pid 2>log &
+    eventually grep -q '^NBD device /dev/nbd0 is now connected to disk.raw$' log
+    pid=$(cat pid)
+    rm pid
+    head -c 20M /dev/urandom >data
+    # Somebody else has the device open, so that no close writes it back.
+    exec 9</dev/nbd0
+    dd if=data of=/dev/nbd0 bs=1M status=none
+    kill -$signal $pid
+    sleep 0.5
+    exec 9<&-
+    wait $pid || fail "status $? after $signal: $(cat log)"
+    cmp -n 20971520 data disk.raw
+    free /dev/nbd0
+done
+
+# While it is mounted it goes on being served.
+mkfs.ext4 -q disk.raw
+imgnbd -c /dev/nbd0 -f raw disk.raw
+pid=$(server /dev/nbd0)
+[ "$(cat /proc/$pid/comm)" = imgnbd ]
+mkdir m
+mount /dev/nbd0 m
+kill $pid
+sleep 1
+fill m
+sync -f m
+umount m
+eventually gone $pid
+free /dev/nbd0
+mount -o ro,loop disk.raw m 2>/dev/null || { imgnbd -r -c /dev/nbd0 -f raw disk.raw; mount -o ro /dev/nbd0 m; }
+verify m
+umount m
+
+# Nobody has to ask the server.
+[ ! -e /run/imgnbd/nbd0.json ] || imgnbd -d /dev/nbd0
+imgnbd -v -c auto --connections=4 -f raw disk.raw >device 2>log &
+pid=$!
+eventually test -s device
+[ "$(cat device)" = /dev/nbd0 ]
+mount /dev/nbd0 m
+verify m
+umount m
+grep -q '"connections":4' /run/imgnbd/nbd0.json
+imgnbd -d /dev/nbd0
+wait $pid
+free /dev/nbd0
+`}, "mkfs.ext4")
+}
+
+// Devices that others have attached are listed and detached, and others
+// detach ours.
+func TestOthers(t *testing.T) {
+	for _, kernel := range []string{"6.1", "6.12"} {
+		t.Run(kernel, func(t *testing.T) {
+			run(t, vm.Options{Kernel: kernel, Script: `
+modprobe nbd
+truncate -s 32M disk.raw
+printf ',\n' | sfdisk -q disk.raw
+attach() {
+    case $1 in
+    qemu-nbd) qemu-nbd -c /dev/nbd0 -f raw disk.raw ;;
+    nbd-client)
+        imgnbd -f raw -k "$PWD/s" --fork disk.raw
+        nbd-client -unix "$PWD/s" /dev/nbd0 >/dev/null ;;
+    imgnbd) imgnbd -c /dev/nbd0 -f raw disk.raw ;;
+    esac
+    eventually test -e /sys/block/nbd0/pid
+}
+detach() {
+    case $1 in
+    qemu-nbd) qemu-nbd -d /dev/nbd0 ;;
+    nbd-client) nbd-client -d /dev/nbd0 ;;
+    imgnbd) imgnbd -d /dev/nbd0 ;;
+    esac >/dev/null
+}
+for by in qemu-nbd nbd-client imgnbd; do
+    for of in qemu-nbd nbd-client imgnbd; do
+        echo "$by detaches what $of attached"
+        attach $of
+        eventually sh -c ': </dev/nbd0; test -b /dev/nbd0p1'
+        imgnbd devices
+        [ "$(imgnbd devices | grep -c '^/dev/nbd0: 32 MiB, ')" = 1 ]
+        head -c 1M /dev/urandom >data
+        dd if=data of=/dev/nbd0p1 status=none
+        detach $by
+        [ $by != imgnbd ] || free /dev/nbd0
+        eventually absent /sys/block/nbd0/pid
+        eventually absent /run/imgnbd/nbd0.json
+        dd if=disk.raw bs=1M skip=1 count=1 status=none | cmp - data
+    done
+done
+`}, "sfdisk", "qemu-nbd", "nbd-client")
+		})
+	}
+}
+
+// With udev all of it is the same, though udev looks at each device too.
+func TestUdev(t *testing.T) {
+	run(t, vm.Options{Kernel: "6.12", Script: `
+/lib/systemd/systemd-udevd --daemon
+udevadm trigger --action=add --subsystem-match=block
+udevadm settle
+truncate -s 64M two.raw none.raw
+printf 'label: gpt\n,10M\n,\n' | sfdisk -q two.raw
+for i in $(seq 10); do
+    imgnbd -c /dev/nbd0 -f raw two.raw
+    nodes /dev/nbd0 1 2
+    # mkfs needs the device for itself.
+    mkfs.ext4 -q -F /dev/nbd0p2
+    imgnbd -d /dev/nbd0
+    free /dev/nbd0
+    imgnbd -c /dev/nbd0 -f raw none.raw
+    nodes /dev/nbd0
+    imgnbd -d /dev/nbd0
+done
+imgnbd -c /dev/nbd0 -f raw two.raw
+udevadm settle
+[ "$(ls /dev/disk/by-partuuid | wc -l)" = 2 ]
+imgnbd -d /dev/nbd0
+`}, "sfdisk", "mkfs.ext4", "/lib/systemd/systemd-udevd")
+}
