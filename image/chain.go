@@ -23,6 +23,7 @@ type Chain struct {
 	Protocols []storage.Protocol
 	Policy    Policy
 	MaxDepth  int          // images below the first; 0 is 200
+	Journals  Journals     // of images that are opened for writing; nil: none are kept
 	Warn      func(string) // told of what the user should know; may be nil
 }
 

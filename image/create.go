@@ -76,6 +76,10 @@ func (m *maker) open(ctx context.Context, src source) (storage.Store, error) {
 	s, err := m.chain.openStore(ctx, src, storage.Options{Access: storage.WriteGrow, Create: true, Direct: src.direct})
 	if err == nil && isNew {
 		m.made = append(m.made, src)
+	} else if err == nil && m.chain.Journals != nil {
+		if err := m.chain.Journals.Remove(s.Info()); err != nil {
+			return nil, errors.Join(err, s.Close())
+		}
 	}
 	return s, err
 }

@@ -38,6 +38,9 @@ type Format struct {
 	// once, because the format keeps no metadata in it.
 	ShareWrite bool
 
+	// Journal is set if the format uses Options.Journal.
+	Journal bool
+
 	// Grows is set if writing to an image may change the size of its store.
 	Grows bool
 }
@@ -55,7 +58,7 @@ type Options struct {
 	// have acknowledged survives there if the process dies. If one that died
 	// left something in it, Open brings that back first, or fails. Whoever
 	// provides it sees to it that its last user is dead, on this boot. It stays
-	// mapped until the device is closed. nil: none.
+	// mapped until the device has closed the store. nil: none.
 	Journal []byte
 }
 

@@ -122,6 +122,8 @@ func (l *layer) inspect(ctx context.Context, src source, opt OpenOptions, with f
 	if err != nil {
 		return nil, err
 	}
+	l.name = src.name
+	l.missed(s, f)
 	in = &Inspected{Inspection: found, Name: src.name, DiskSize: diskSize(s)}
 	if found.BackingName != "" {
 		in.Backing = combine(src.name, found.BackingName)

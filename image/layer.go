@@ -100,13 +100,30 @@ func (l *layer) openFormat(ctx context.Context, s storage.Store, f *Format, opt 
 			return nil, errors.New("it changed while it was being opened")
 		}
 	}
-	return f.Open(ctx, s, Options{
+	o := Options{
 		Name:     src.name,
 		ReadOnly: opt.ReadOnly,
 		Refs:     l,
 		Params:   src.params,
 		Warn:     l.chain.Warn,
-	})
+	}
+	if opt.ReadOnly {
+		l.missed(s, f)
+		return f.Open(ctx, s, o)
+	}
+	j, err := l.openJournal(s, f)
+	if err != nil {
+		return nil, err
+	}
+	if j == nil {
+		return f.Open(ctx, s, o)
+	}
+	o.Journal = j.Memory()
+	d, err := f.Open(ctx, &journaled{s, j}, o)
+	if err != nil {
+		return nil, errors.Join(journalError(err, j), j.Close())
+	}
+	return d, nil
 }
 
 // OpenImage opens a backing image of l, read-only.

@@ -24,6 +24,7 @@ func Format() image.Format {
 		Inspect:      inspect,
 		Create:       create,
 		CreateParams: createParams(),
+		Journal:      true,
 		Grows:        true,
 	}
 }

@@ -105,7 +105,7 @@ func newWriter(d *disk, h *header, bitmaps []bitmap, opt *image.Options, hooks *
 	var records []record
 	if opt.Journal != nil {
 		if journal, records, err = openJournal(opt.Journal, h.identity(), info.ID); err != nil {
-			return nil, err
+			return nil, fmt.Errorf("%w: %w", image.ErrJournal, err)
 		}
 		journal.stored = hooks.stored
 	}
@@ -114,7 +114,7 @@ func newWriter(d *disk, h *header, bitmaps []bitmap, opt *image.Options, hooks *
 	}
 	if len(records) > 0 {
 		if err := w.replay(records); err != nil {
-			return nil, fmt.Errorf("taking over from a process that died: %w", err)
+			return nil, fmt.Errorf("%w: %w", image.ErrJournal, err)
 		}
 	}
 	if journal != nil {

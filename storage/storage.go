@@ -87,6 +87,11 @@ type Info struct {
 	URL *url.URL // how to open it again; file URLs have an absolute path
 	ID  string   // identity: equal for two names of the same bytes; "" if unknown
 
+	// Generation differs between bytes that had the same ID one after the
+	// other: a file and the one made in its place, a device and what was
+	// attached under its number later. "" if unknown.
+	Generation string
+
 	ReadOnly     bool // every method that writes returns ErrReadOnly
 	FixedSize    bool // cannot grow (a block device)
 	NewReadsZero bool // bytes that were never written read as zeros after growing

@@ -196,7 +196,6 @@ var hintLine = regexp.MustCompile(`(?m)^[\w-]+: hint: .*\n`)
 // What an option is refused with says what to do instead.
 func TestRefusals(t *testing.T) {
 	for option, advice := range map[string]string{
-		"-s":               "--read-only",
 		"-T x":             "--verbose",
 		"--object x":       "in the clear",
 		"--tls-creds x":    "a tunnel",

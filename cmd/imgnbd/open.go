@@ -13,6 +13,7 @@ import (
 
 	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/internal/drivers"
+	"github.com/imgnbd/imgnbd/internal/journal"
 )
 
 // imageOptions say what the name of an image means and what the image may name
@@ -64,6 +65,7 @@ func (o *imageOptions) chain(u *ui) *image.Chain {
 		Formats:   drivers.Formats(),
 		Protocols: drivers.Protocols(),
 		Policy:    policy,
+		Journals:  &journal.Files{Dirs: journal.Dirs(), Off: true},
 		Warn: func(s string) {
 			if strings.HasPrefix(s, "Image format was not specified") {
 				u.bare("WARNING: " + s) // as QEMU prints it

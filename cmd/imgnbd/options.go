@@ -39,6 +39,8 @@ type serveOptions struct {
 	// How the image is opened.
 	images       imageOptions
 	readOnly     bool
+	temporary    bool // what is written is gone at the end
+	journal      journalMode
 	cache        cacheMode
 	nativeAIO    bool
 	discard      bool
@@ -121,7 +123,7 @@ func newServeOptions() *serveOptions {
 	fs.StringVarP(&o.connect.device, "connect", "c", "", "")
 	fs.BoolVarP(&o.connect.disconnect, "disconnect", "d", false, "")
 	fs.BoolVarP(&o.list, "list", "L", false, "")
-	refuse(fs, "snapshot", "s", "serve with --read-only, or serve an overlay that you made over FILE")
+	fs.BoolVarP(&o.temporary, "snapshot", "s", false, "")
 	value(fs, "load-snapshot", "l", func(s string) (err error) {
 		o.snapshot, err = parseSnapshot(s)
 		return err
@@ -205,7 +207,8 @@ func newServeOptions() *serveOptions {
 		return nil
 	})
 	fs.BoolVar(&o.connect.force, "force", false, "")
-	for _, name := range []string{"stdio", "run", "vsock", "backing", "backing-dir", "connections", "max-part", "force"} {
+	value(fs, "journal", "", o.journal.set)
+	for _, name := range []string{"journal", "stdio", "run", "vsock", "backing", "backing-dir", "connections", "max-part", "force"} {
 		fs.SetAnnotation(name, own, nil)
 	}
 	return o

@@ -103,9 +103,10 @@ func (o *serveOptions) open(ctx context.Context, u *ui, file string) (image.Devi
 	if o.nativeAIO && !o.cache.direct {
 		return nil, t.failed(says("aio=native was specified, but it requires cache.direct=on, which was not specified."))
 	}
-	t.opt.ReadOnly = o.readOnly || o.snapshot != nil
+	t.opt.ReadOnly = o.readOnly || o.snapshot != nil || o.temporary
 	t.opt.Direct = o.cache.direct
 	chain := o.images.chain(u)
+	chain.Journals = o.journal.journals(u, o.fork)
 	dev, err := t.open(ctx, chain)
 	if err != nil {
 		if errors.Is(err, fs.ErrNotExist) && !u.compat() {
@@ -124,6 +125,11 @@ func (o *serveOptions) open(ctx context.Context, u *ui, file string) (image.Devi
 	if o.bitmaps != nil && o.contexts == nil {
 		if o.contexts, err = bitmapContexts(dev, o.bitmaps); err != nil {
 			return nil, errors.Join(err, dev.Close())
+		}
+	}
+	if o.temporary && !o.readOnly && o.snapshot == nil {
+		if dev, err = overlay(ctx, dev); err != nil {
+			return nil, t.failed(fmt.Errorf("temporary overlay: %w", err))
 		}
 	}
 	return o.wrap(dev), nil

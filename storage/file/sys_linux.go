@@ -121,10 +121,12 @@ func examine(fd int, before *unix.Stat_t, opt storage.Options) (*node, error) {
 	n := &node{fd: fd, block: st.Mode&unix.S_IFMT == unix.S_IFBLK, try: tryNoWait, sector: 512}
 	disk := st.Dev
 	n.info.ID = fmt.Sprintf("file %d:%d %d", unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino)
+	n.info.Generation = born(fd)
 	preferred := int64(st.Blksize)
 	if n.block {
 		disk = st.Rdev
 		n.info.ID = fmt.Sprintf("device %d:%d", unix.Major(disk), unix.Minor(disk))
+		n.info.Generation = diskSequence(fd)
 		if ro, err := unix.IoctlGetUint32(fd, unix.BLKROGET); err == nil && ro != 0 && opt.Access != storage.Read {
 			return nil, fmt.Errorf("the block device is %w", storage.ErrReadOnly)
 		}
@@ -155,6 +157,29 @@ func examine(fd int, before *unix.Stat_t, opt storage.Options) (*node, error) {
 	n.info.PreferredIO = int(min(max(preferred, int64(n.info.Alignment), page), 1<<20))
 	n.info.PreferredIO = int(roundUp(int64(n.info.PreferredIO), int64(n.info.Alignment)))
 	return n, nil
+}
+
+// born returns when a file was made, "" where the file system does not keep it.
+func born(fd int) string {
+	var st unix.Statx_t
+	err := unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_BTIME, &st)
+	if err != nil || st.Mask&unix.STATX_BTIME == 0 {
+		return ""
+	}
+	return fmt.Sprintf("born %d.%09d", st.Btime.Sec, st.Btime.Nsec)
+}
+
+// diskSequence returns the number of a medium that was put into a device, ""
+// before Linux 5.15: a loop device gets another file, and with it a number that
+// no device had before.
+func diskSequence(fd int) string {
+	const blkGetDiskSeq = 0x80081280
+	var seq uint64
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), blkGetDiskSeq, uintptr(unsafe.Pointer(&seq)))
+	if errno != 0 {
+		return ""
+	}
+	return fmt.Sprintf("disk %d", seq)
 }
 
 // findAlignment asks what direct I/O demands. Before Linux 6.1 only a block

@@ -37,10 +37,11 @@ var layers = []struct {
 
 	{"export", []string{"image", "storage", "internal/nbd"}},
 	{"connect", []string{"internal/nbd"}},
+	{"internal/journal", []string{"image", "storage"}},
 	{"internal/drivers", []string{"image", "storage", "storage/file", "raw", "qcow2", "asif"}},
 
 	{"docs", nil}, // the synopsis, embedded
-	{"cmd/imgnbd", []string{"docs", "image", "storage", "export", "connect", "internal/nbd", "internal/drivers"}},
+	{"cmd/imgnbd", []string{"docs", "image", "storage", "export", "connect", "internal/nbd", "internal/drivers", "internal/journal"}},
 
 	{"internal/test/...", []string{"..."}},
 }
