@@ -14,7 +14,9 @@ type tableGuard struct {
 	clusters atomic.Pointer[[]int64] // ascending
 }
 
-func newTableGuard(h *header, g *geometry, refs *refcounts, m *mapping) *tableGuard {
+// newTableGuard returns an error if two tables lie in one cluster: writing one
+// would destroy the other.
+func newTableGuard(h *header, g *geometry, refs *refcounts, m *mapping) (*tableGuard, error) {
 	var list []int64
 	add := func(off, n int64) {
 		for c := off >> g.clusterBits; n > 0 && c <= (off+n-1)>>g.clusterBits; c++ {
@@ -38,9 +40,14 @@ func newTableGuard(h *header, g *geometry, refs *refcounts, m *mapping) *tableGu
 		add(int64(h.snapshotOffset), 1)
 	}
 	slices.Sort(list)
+	for i := 1; i < len(list); i++ {
+		if list[i] == list[i-1] {
+			return nil, corrupt("two tables lie at %#x", list[i]<<g.clusterBits)
+		}
+	}
 	t := new(tableGuard)
 	t.clusters.Store(&list)
-	return t
+	return t, nil
 }
 
 func (t *tableGuard) has(cluster int64) bool {

@@ -277,12 +277,16 @@ func (c *changes) drop(s *slice, old, now l2Entry) {
 		first := host >> g.clusterBits
 		last := (host + n - 1) >> g.clusterBits
 		s.dropped = append(s.dropped, reference{hostRun{first, last - first + 1}, true})
-		return
+		return // neighbours may share a cluster, so these are not merged
 	}
 	if host := old.host(); host != 0 && (now.compressed() || host != now.host()) {
 		ref := reference{hostRun{host >> g.clusterBits, 1}, !old.copied()}
 		if c.defects.reuseAtOnce {
 			c.alloc.give(ref.hostRun)
+			return
+		}
+		if k := len(s.dropped) - 1; k >= 0 && s.dropped[k].shared == ref.shared && s.dropped[k].end() == ref.first {
+			s.dropped[k].n++
 			return
 		}
 		s.dropped = append(s.dropped, ref)

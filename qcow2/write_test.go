@@ -169,6 +169,17 @@ func TestWriteRefused(t *testing.T) {
 	}
 }
 
+// Two tables in one cluster: writing one would destroy the other.
+func TestWriteRefusesOverlap(t *testing.T) {
+	x := build(16, 1<<40)
+	x.l2(0)
+	x.put(int64(x.h.l1Offset)+8, binary.BigEndian.Uint64(x.b[x.h.l1Offset:]))
+	_, err := Open(context.Background(), storagetest.MemOf(x.bytes()), image.Options{})
+	if !errors.Is(err, image.ErrCorrupt) {
+		t.Errorf("got %v", err)
+	}
+}
+
 // QEMU died with lazy refcounts: counts are missing, and rebuilt before the
 // first write.
 func TestRebuild(t *testing.T) {

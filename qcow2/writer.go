@@ -74,6 +74,10 @@ func newWriter(d *disk, h *header, bitmaps []bitmap, opt *image.Options, hooks *
 	if err != nil {
 		return nil, err
 	}
+	tables, err := newTableGuard(h, g, refs, d.mapping)
+	if err != nil {
+		return nil, err
+	}
 	tail, fresh := g.clusters(size), int64(math.MaxInt64)
 	if info.FixedSize {
 		tail = 0 // what the device holds beyond the image is of no account
@@ -85,12 +89,11 @@ func newWriter(d *disk, h *header, bitmaps []bitmap, opt *image.Options, hooks *
 		fresh = tail
 	}
 	refs.scanEnd = tail
-	w := &writer{disk: d, header: h, bitmaps: bitmaps, defects: defects, busyLimit: d.mapping.cache.capacity() * 7 / 8}
+	w := &writer{disk: d, tables: tables, header: h, bitmaps: bitmaps, defects: defects, busyLimit: d.mapping.cache.capacity() * 7 / 8}
 	w.alloc = newAllocator(tail, refs.covered(tail), fresh)
 	w.changes = newChanges(d.mapping, w.alloc, defects)
-	w.tables = newTableGuard(h, g, refs, d.mapping)
 	w.commit = &committer{
-		tables: w.tables,
+		tables: tables,
 		store:  d.store, g: g, changes: w.changes, alloc: w.alloc, refs: refs, epochs: d.epochs, defects: defects,
 		discard: info.Discard,
 		next:    newTicket(), wake: make(chan struct{}, 1), done: make(chan struct{}),

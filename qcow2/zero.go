@@ -204,17 +204,19 @@ func (w *writer) zeroSlice(off, n int64, unmap bool) (int64, obstacle, error) {
 			return 0, obstacle{}, fmt.Errorf("data at %#x: %w", off, err)
 		}
 	}
+	dropped := int64(0)
 	s.mu.Lock()
-	before := len(s.dropped)
 	for i := lo; i < hi; i++ {
 		e, b := s.entry(i, g.entryWords)
-		e, b = w.zeroed(e, b, unmap)
-		w.changes.set(s, i, e, b)
+		e2, b2 := w.zeroed(e, b, unmap)
+		if e.host() != e2.host() {
+			dropped++
+		}
+		w.changes.set(s, i, e2, b2)
 	}
-	dropped := len(s.dropped) - before
 	c.release()
 	s.mu.Unlock()
-	if w.freed.Add(int64(dropped))<<g.clusterBits > graceBytes {
+	if w.freed.Add(dropped)<<g.clusterBits > graceBytes {
 		w.freed.Store(0)
 		w.commit.ask()
 	}
