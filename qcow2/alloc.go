@@ -120,29 +120,15 @@ func (a *allocator) insert(r hostRun) {
 }
 
 // takeChanges returns the changes of counts since it was last called, and
-// whether no free cluster is known below the tail.
-func (a *allocator) takeChanges() (changes []countChange, dry bool) {
+// whether no free cluster is known below the tail. If so, and free runs were
+// forgotten, forgotten is the tail: they lie somewhere below.
+func (a *allocator) takeChanges() (changes []countChange, dry bool, forgotten int64) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	changes = a.changes
+	changes, dry = a.changes, len(a.free) == 0
 	a.changes = nil
-	return changes, len(a.free) == 0
-}
-
-// fallow returns how many clusters can be handed out before limit has to move.
-func (a *allocator) fallow() int64 {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	n := a.limit - a.tail
-	for _, f := range a.free {
-		n += f.n
+	if dry && a.forgot {
+		a.forgot, forgotten = false, a.tail
 	}
-	return n
-}
-
-// ends returns tail and limit.
-func (a *allocator) ends() (tail, limit int64) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.tail, a.limit
+	return changes, dry, forgotten
 }

@@ -267,7 +267,8 @@ func compare(x, y int64) int { return int(min(max(x-y, -1), 1)) }
 
 // stageA writes what nothing in the store points to.
 func (c *committer) stageA(b *batch) error {
-	changes, dry := c.alloc.takeChanges()
+	changes, dry, forgotten := c.alloc.takeChanges()
+	c.refs.scanUpTo(forgotten)
 	c.counts = append(c.counts, changes...)
 	var err error
 	if c.counts, err = c.refs.apply(c.counts); err != nil {

@@ -448,8 +448,15 @@ func (r *refcounts) settle(b *countBatch, ok bool) (old hostRun) {
 	return hostRun{}
 }
 
+// scanUpTo makes scan begin again, and look at all below end, if that is not 0.
+func (r *refcounts) scanUpTo(end int64) {
+	if end > 0 {
+		r.scanned, r.scanEnd = 0, end
+	}
+}
+
 // scan looks for free clusters in the next part of the range that was there
-// when the image was opened. It may only be called while no free cluster is
+// when the image was opened, or that has clusters the allocator forgot. It may only be called while no free cluster is
 // known to the allocator and all changes of counts have been applied: then a
 // count of zero below the tail means free, and stays so until found.
 func (r *refcounts) scan(a *allocator) error {
