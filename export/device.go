@@ -4,6 +4,7 @@ import (
 	"runtime"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/imgnbd/imgnbd/image"
 )
@@ -28,6 +29,8 @@ type device struct {
 
 	committing atomic.Bool // a flush runs: writes are slow now
 	dirty      atomic.Bool // a write returned since the last flush began
+
+	complaints complaints
 }
 
 func newDevice(d image.Device) *device {
@@ -115,6 +118,37 @@ func (d *device) touched() {
 	if !d.dirty.Load() {
 		d.dirty.Store(true)
 	}
+}
+
+// A device that is broken fails every request, which may be many. So many
+// failures are told in a window; the first of the next says how many were not.
+const (
+	maxComplaints    = 10
+	complaintsWindow = time.Minute
+)
+
+// complaints counts what was told of the failures of a device.
+type complaints struct {
+	mu         sync.Mutex // guards the fields below
+	since      time.Time  // when the window began
+	told, kept int
+}
+
+// next reports whether a failure is to be told, and if so how many before it
+// were not.
+func (c *complaints) next(now time.Time) (ok bool, kept int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if now.Sub(c.since) >= complaintsWindow {
+		kept = c.kept
+		c.since, c.told, c.kept = now, 0, 0
+	}
+	if c.told == maxComplaints {
+		c.kept++
+		return false, 0
+	}
+	c.told++
+	return true, kept
 }
 
 // A taskList is a queue of tasks, linked through them.

@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -151,10 +153,21 @@ func TestSlowReader(t *testing.T) {
 			}()
 			defer p.conn.Close()
 		}
-		// While they are stuck another client is served.
+		// They are stuck once what they hold leaves no room for a further
+		// request. Another client is served nevertheless.
+		held := func() int64 {
+			s.memory.mu.Lock()
+			defer s.memory.mu.Unlock()
+			return s.memory.used
+		}
+		for deadline := time.Now().Add(patience); held() <= memory-2<<20; time.Sleep(time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("%s: %d bytes are held, fewer than clients asked for", network, held())
+			}
+		}
 		p := s.connect(network, "", simple)
 		for range 20 {
-			p.ok(nbd.CmdRead, 0, 0, 1<<20, nil)
+			p.ok(nbd.CmdRead, 0, 0, 2<<20, nil)
 		}
 		if limit := int64(memory + (clients+1)*(2<<20+64<<10)); most.Load() > limit {
 			t.Errorf("%s: %d bytes were held, the limit is %d", network, most.Load(), limit)
@@ -363,16 +376,96 @@ func TestShutdownFlushesLateWrite(t *testing.T) {
 func TestShutdownReportsFlush(t *testing.T) {
 	broken := errors.New("medium is broken")
 	dev := &hooked{Device: memDisk(t, 1<<20), flush: func() error { return broken }}
-	s := &Server{Open: func(context.Context, *Client, string) (*Export, error) { return &Export{Device: dev}, nil }}
-	srv := &server{Server: s, t: t}
-	p := srv.connect("pipe", "", simple)
-	p.ok(nbd.CmdWrite, 0, 0, 512, make([]byte, 512))
-	if err := s.Shutdown(t.Context()); !errors.Is(err, broken) {
-		t.Errorf("Shutdown: %v", err)
+	for cmd, payload := range map[nbd.Command][]byte{nbd.CmdWrite: make([]byte, 512), nbd.CmdWriteZeroes: nil, nbd.CmdTrim: nil} {
+		s := &Server{Open: func(context.Context, *Client, string) (*Export, error) { return &Export{Device: dev}, nil }}
+		srv := &server{Server: s, t: t}
+		p := srv.connect("pipe", "", simple)
+		p.ok(cmd, 0, 0, 512, payload)
+		if err := s.Shutdown(t.Context()); !errors.Is(err, broken) {
+			t.Errorf("Shutdown after %v: %v", cmd, err)
+		}
+		if err := s.ServeConn(p.conn); err != ErrServerClosed {
+			t.Errorf("ServeConn afterwards: %v", err)
+		}
 	}
-	if err := s.ServeConn(p.conn); err != ErrServerClosed {
-		t.Errorf("ServeConn afterwards: %v", err)
+}
+
+// TestFailuresAreLogged: a device that fails is heard of, and does not fill
+// the log; that a client has left is no failure.
+func TestFailuresAreLogged(t *testing.T) {
+	broken := errors.New("medium is broken")
+	dev := &hooked{Device: memDisk(t, 1<<20)}
+	dev.readAt = func([]byte, int64) (int, error) { return 0, broken }
+	dev.tryReadAt = func([]byte, int64) error { return broken }
+	begun, goOn := make(chan struct{}), make(chan struct{})
+	dev.writeZeroes = func(int64, int64, image.WriteFlags) error {
+		close(begun)
+		<-goOn
+		return nil
 	}
+	var log lockedBuffer
+	s := serve(t, map[string]*Export{"": {Device: dev}}, func(s *Server) {
+		s.Log = slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelWarn}))
+	})
+	p := s.connect("unix", "", simple)
+	p.write(p.header(nbd.CmdWriteZeroes, 0, 1, 0, 512))
+	<-begun
+	p.conn.Close()
+	s.cutAll()
+	close(goOn)
+
+	p = s.connect("unix", "", simple)
+	for range 10 * maxComplaints {
+		p.write(p.header(nbd.CmdRead, 0, 1, 0, 512))
+		if a := p.answer(0, 512); a.errno != nbd.EIO {
+			t.Fatalf("got %+v", a)
+		}
+	}
+	if n := strings.Count(log.String(), "medium is broken"); n != maxComplaints {
+		t.Errorf("%d failures were logged, want %d", n, maxComplaints)
+	}
+	if strings.Contains(log.String(), "canceled") {
+		t.Errorf("that a client left was logged:\n%s", log.String())
+	}
+}
+
+func TestComplaints(t *testing.T) {
+	var c complaints
+	now := time.Now()
+	for range maxComplaints {
+		if ok, kept := c.next(now); !ok || kept != 0 {
+			t.Fatalf("got %v, %d", ok, kept)
+		}
+	}
+	for range 7 {
+		if ok, _ := c.next(now.Add(complaintsWindow - 1)); ok {
+			t.Fatal("one too many")
+		}
+	}
+	if ok, kept := c.next(now.Add(complaintsWindow)); !ok || kept != 7 {
+		t.Errorf("got %v, %d in the next window", ok, kept)
+	}
+	if ok, kept := c.next(now.Add(complaintsWindow)); !ok || kept != 0 {
+		t.Errorf("got %v, %d after that", ok, kept)
+	}
+}
+
+// A lockedBuffer is written to by several goroutines.
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
 }
 
 // TestGroupCommit: flushes that wait while one runs are served by the next

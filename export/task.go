@@ -1,8 +1,11 @@
 package export
 
 import (
+	"context"
 	"errors"
+	"log/slog"
 	"sync"
+	"time"
 
 	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/internal/nbd"
@@ -142,11 +145,24 @@ func (s *session) finish(t *task, err error) {
 // what the client is told: nothing that names our files.
 func (s *session) failed(r *request, err error) *refusal {
 	errno := errnoOf(err, r.has(nbd.CmdFlagFastZero))
-	if errno != nbd.ENOTSUP {
-		s.srv.Log.Warn("request failed", "client", s.client.Addr, "export", s.name, "request", r.cmd,
-			"offset", r.offset, "length", r.length, "err", err)
+	if errno != nbd.ENOTSUP && !errors.Is(err, context.Canceled) {
+		s.complain(r, err)
 	}
 	return refuse(errno, "%v failed", r.cmd)
+}
+
+// complain logs that the device has failed.
+func (s *session) complain(r *request, err error) {
+	level := slog.LevelWarn
+	ok, kept := s.dev.complaints.next(time.Now())
+	if !ok {
+		level = slog.LevelDebug
+	}
+	args := []any{"client", s.client.Addr, "export", s.name, "request", r.cmd, "offset", r.offset, "length", r.length, "err", err}
+	if kept > 0 {
+		args = append(args, "failures not told", kept)
+	}
+	s.srv.Log.Log(s.ctx, level, "request failed", args...)
 }
 
 // maxStep bounds what one call of a Device is asked to discard or zero, in
@@ -162,7 +178,7 @@ func (s *session) inSteps(t *task, do func(off, n int64) error) error {
 		}
 		t.off += n
 		t.n -= n
-		if err := s.ctx.Err(); err != nil {
+		if err := s.ctx.Err(); err != nil && t.n > 0 {
 			return err
 		}
 	}
