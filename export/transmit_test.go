@@ -36,6 +36,56 @@ func TestReadWrite(t *testing.T) {
 	})
 }
 
+// TestFUA: what a client wants durable is so before it is answered, by the
+// write itself or by a flush after it.
+func TestFUA(t *testing.T) {
+	dev := &hooked{Device: memDisk(t, 1<<20)}
+	var mu sync.Mutex
+	var events []string // of one request at a time
+	note := func(event string) error {
+		mu.Lock()
+		defer mu.Unlock()
+		events = append(events, event)
+		return nil
+	}
+	dev.writeAt = func(_ []byte, _ int64, flags image.WriteFlags) error {
+		return note(map[image.WriteFlags]string{0: "write", image.FUA: "durable write"}[flags])
+	}
+	dev.writeZeroes = func(int64, int64, image.WriteFlags) error { return note("zero") }
+	dev.flush = func() error { return note("flush") }
+	s := serve(t, map[string]*Export{"": {Device: dev}}, nil)
+	p := s.connect("unix", "", simple)
+	for _, c := range []struct {
+		cmd   nbd.Command
+		flags nbd.CommandFlags
+		n     int
+		want  string
+	}{
+		{nbd.CmdWrite, 0, 512, "[write]"},
+		{nbd.CmdWrite, nbd.CmdFlagFUA, 512, "[durable write]"},
+		{nbd.CmdWrite, nbd.CmdFlagFUA, largeWrite + 512, "[durable write]"},
+		{nbd.CmdWriteZeroes, 0, 512, "[zero]"},
+		{nbd.CmdWriteZeroes, nbd.CmdFlagFUA, 512, "[zero flush]"},
+		{nbd.CmdWriteZeroes, nbd.CmdFlagFUA | nbd.CmdFlagFastZero, 512, "[zero flush]"},
+		{nbd.CmdTrim, nbd.CmdFlagFUA, 512, "[flush]"},
+	} {
+		mu.Lock()
+		events = nil
+		mu.Unlock()
+		var payload []byte
+		if c.cmd == nbd.CmdWrite {
+			payload = make([]byte, c.n)
+		}
+		p.ok(c.cmd, c.flags, 0, uint64(c.n), payload)
+		mu.Lock()
+		got := fmt.Sprint(events)
+		mu.Unlock()
+		if got != c.want {
+			t.Errorf("%v of %d bytes, flags %v: %s, want %s", c.cmd, c.n, c.flags, got, c.want)
+		}
+	}
+}
+
 // TestOffset: an export of a part of a device shows nothing else, to requests
 // and contexts alike.
 func TestOffset(t *testing.T) {
