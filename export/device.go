@@ -27,8 +27,7 @@ type device struct {
 	flushes  taskList
 	flushing bool
 
-	committing atomic.Bool // a flush runs: writes are slow now
-	dirty      atomic.Bool // a write returned since the last flush began
+	dirty atomic.Bool // a write returned since the last flush began
 
 	complaints complaints
 }
@@ -93,9 +92,7 @@ func (d *device) commit() {
 		}
 		d.flushMu.Unlock()
 
-		d.committing.Store(true)
 		err := d.sync()
-		d.committing.Store(false)
 		for t := group.pop(); t != nil; t = group.pop() {
 			t.session.flushed(t, err)
 		}

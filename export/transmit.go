@@ -321,7 +321,7 @@ func (s *session) askStatus(r *request, payload []byte) error {
 
 // mayWriteHere reports whether a write is likely to be short.
 func (s *session) mayWriteHere(r *request) bool {
-	if r.has(nbd.CmdFlagFUA) || s.dev.committing.Load() {
+	if r.has(nbd.CmdFlagFUA) {
 		return false
 	}
 	l := &s.line
