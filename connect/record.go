@@ -58,7 +58,7 @@ func (h *host) newRecord(ctx context.Context, index int, r Record) (*record, err
 			f.Close()
 			continue
 		}
-		if err := f.Truncate(0); err == nil {
+		if err = f.Truncate(0); err == nil {
 			_, err = f.WriteAt(append(text, '\n'), 0)
 		}
 		if err != nil {

@@ -1,4 +1,4 @@
-//go:build linux
+//go:build linux && !race
 
 // Package guest runs the program with stock kernels: file systems on images
 // that it serves, and images that it attaches as /dev/nbdX. It has tests only.

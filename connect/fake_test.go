@@ -1,0 +1,245 @@
+package connect
+
+import (
+	"encoding/binary"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"sync"
+	"syscall"
+	"testing"
+
+	"github.com/imgnbd/imgnbd/internal/nbd"
+)
+
+// A fakeKernel keeps in files what the kernel shows in files, and notes what
+// it is asked for.
+type fakeKernel struct {
+	t    *testing.T
+	host *host
+
+	table      []int  // partitions that are found when the table is read
+	grows      uint64 // what it adds to sizes: somebody else's change
+	noNodes    bool   // nothing appears in /dev
+	claimed    bool   // exclusive opens fail
+	transients int    // connects that fail because somebody looks at the device
+	scanErrs   []error
+
+	mu     sync.Mutex
+	config *config // of the last connect
+	log    []string
+	nodes  map[string]string // numbers of nodes, by path
+}
+
+// newFake returns a host with devices nbd0 to nbd3.
+func newFake(t *testing.T) (*host, *fakeKernel) {
+	dir := t.TempDir()
+	k := &fakeKernel{t: t, nodes: map[string]string{}}
+	k.host = &host{kernel: k, sys: dir + "/sys", dev: "/dev", proc: dir + "/proc", run: dir + "/run"}
+	for i := range 4 {
+		k.write(name(i), "size", "0")
+		k.write(name(i), "dev", fmt.Sprintf("43:%d", 32*i))
+		k.write(name(i), "queue/io_timeout", "30000")
+		k.nodes[k.host.path(i)] = fmt.Sprintf("43:%d", 32*i)
+	}
+	k.file("proc/self/mountinfo", "")
+	k.file("proc/swaps", "Filename Type Size Used Priority\n")
+	if err := os.MkdirAll(dir+"/proc/self/ns", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("mnt:[1]", dir+"/proc/self/ns/mnt"); err != nil {
+		t.Fatal(err)
+	}
+	return k.host, k
+}
+
+func (k *fakeKernel) write(dev, attribute, text string) {
+	k.put(filepath.Join(k.host.sys, dev, attribute), text+"\n")
+}
+
+// file writes a file below the folder of everything.
+func (k *fakeKernel) file(path, text string) { k.put(filepath.Join(k.host.sys, "..", path), text) }
+
+func (k *fakeKernel) put(path, text string) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		k.t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+		k.t.Fatal(err)
+	}
+}
+
+func (k *fakeKernel) note(format string, args ...any) {
+	k.log = append(k.log, fmt.Sprintf(format, args...))
+}
+
+// partition makes a partition, as of a table that was read.
+func (k *fakeKernel) partition(index, n int) {
+	p := fmt.Sprintf("%s/%sp%d", name(index), name(index), n)
+	k.write(p, "dev", fmt.Sprintf("43:%d", 32*index+n))
+	k.write(p, "start", "2048")
+	k.write(p, "size", "100")
+	if !k.noNodes {
+		k.nodes[fmt.Sprintf("%sp%d", k.host.path(index), n)] = fmt.Sprintf("43:%d", 32*index+n)
+	}
+}
+
+func (k *fakeKernel) connect(c *config) (int, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	index := c.index
+	if index == anyIndex {
+		for index = 0; k.host.connected(index); index++ {
+		}
+	}
+	if k.transients > 0 {
+		k.transients--
+		return 0, syscall.EBUSY
+	}
+	if k.host.connected(index) {
+		return 0, syscall.EBUSY
+	}
+	if index > 3 {
+		return 0, syscall.EINVAL
+	}
+	k.config = c
+	k.note("connect %d", index)
+	k.write(name(index), "pid", strconv.Itoa(os.Getpid()))
+	k.write(name(index), "backend", c.backend)
+	k.write(name(index), "size", strconv.FormatUint((c.size+k.grows)/sector, 10))
+	return index, nil
+}
+
+func (k *fakeKernel) disconnect(index int) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.note("disconnect %d", index)
+	k.table = nil
+	os.Remove(filepath.Join(k.host.sys, name(index), "pid"))
+	os.Remove(filepath.Join(k.host.sys, name(index), "backend"))
+	k.write(name(index), "size", "0")
+	return nil
+}
+
+func (k *fakeKernel) number(path string) (string, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if n, ok := k.nodes[path]; ok {
+		return n, nil
+	}
+	return "", os.ErrNotExist
+}
+
+func (k *fakeKernel) syncFS(path string) error {
+	k.note("syncfs %s", path)
+	return nil
+}
+
+func (k *fakeKernel) open(path string, exclusive bool) (block, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if exclusive && k.claimed {
+		return nil, syscall.EBUSY
+	}
+	if exclusive {
+		k.note("claim %s", path)
+	}
+	return &fakeBlock{k, path, exclusive}, nil
+}
+
+type fakeBlock struct {
+	k         *fakeKernel
+	path      string
+	exclusive bool
+}
+
+func (b *fakeBlock) sync() error {
+	b.k.note("sync %s", b.path)
+	return nil
+}
+
+func (b *fakeBlock) Close() error {
+	if b.exclusive {
+		b.k.note("release %s", b.path)
+	}
+	return nil
+}
+
+func (b *fakeBlock) rescan() error {
+	k := b.k
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if len(k.scanErrs) > 0 {
+		err := k.scanErrs[0]
+		k.scanErrs = k.scanErrs[1:]
+		return err
+	}
+	index, err := k.host.index(b.path)
+	if err != nil {
+		return err
+	}
+	k.note("scan %d", index)
+	for _, p := range k.host.partitions(index) {
+		os.RemoveAll(filepath.Join(k.host.sys, name(index), p))
+		delete(k.nodes, filepath.Join(k.host.dev, p))
+	}
+	for _, n := range k.table {
+		k.partition(index, n)
+	}
+	return nil
+}
+
+func (k *fakeKernel) logged() []string {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return slices.Clone(k.log)
+}
+
+// A peer is a server up to the end of the handshake.
+type peer struct {
+	size  uint64
+	flags nbd.TransmissionFlags
+	block uint32 // minimum block size
+}
+
+// dial returns a connection to the peer.
+func (p peer) dial() net.Conn {
+	client, server := net.Pipe()
+	go func() {
+		defer server.Close()
+		b := binary.BigEndian.AppendUint64(nil, nbd.Magic)
+		b = binary.BigEndian.AppendUint64(b, nbd.MagicOption)
+		b = binary.BigEndian.AppendUint16(b, nbd.FlagFixedNewstyle|nbd.FlagNoZeroes)
+		server.Write(b)
+		head := make([]byte, 4+16)
+		if _, err := io.ReadFull(server, head); err != nil {
+			return
+		}
+		io.CopyN(io.Discard, server, int64(binary.BigEndian.Uint32(head[16:])))
+		reply := func(rep nbd.OptionReply, data []byte) {
+			b := binary.BigEndian.AppendUint64(nil, nbd.MagicOptionReply)
+			b = append(b, head[12:16]...)
+			b = binary.BigEndian.AppendUint32(b, uint32(rep))
+			b = binary.BigEndian.AppendUint32(b, uint32(len(data)))
+			server.Write(append(b, data...))
+		}
+		info := binary.BigEndian.AppendUint16(nil, nbd.InfoExport)
+		info = binary.BigEndian.AppendUint64(info, p.size)
+		info = binary.BigEndian.AppendUint16(info, uint16(p.flags))
+		reply(nbd.RepInfo, info)
+		if p.block > 0 {
+			info = binary.BigEndian.AppendUint16(nil, nbd.InfoBlockSize)
+			for _, n := range []uint32{p.block, max(p.block, 4096), 32 << 20} {
+				info = binary.BigEndian.AppendUint32(info, n)
+			}
+			reply(nbd.RepInfo, info)
+		}
+		reply(nbd.RepAck, nil)
+		io.Copy(io.Discard, server)
+	}()
+	return client
+}
