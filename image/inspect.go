@@ -39,7 +39,8 @@ type Inspected struct {
 
 // Inspect tells what an image says about itself. It opens nothing that the
 // image names. Unless told otherwise it takes the lock of a reader, so an image
-// that somebody is writing is refused rather than read half-way.
+// that somebody is writing is refused rather than read half-way; but not a raw
+// one, of which nothing is told that a writer could change under way.
 func (c *Chain) Inspect(ctx context.Context, name string, opt OpenOptions) (*Inspected, error) {
 	src, err := parseName(name)
 	if err != nil {
@@ -113,7 +114,11 @@ func (l *layer) inspect(ctx context.Context, src source, opt OpenOptions, with f
 	if f.Inspect == nil {
 		return nil, fmt.Errorf("images of format %s cannot be inspected", f.Name)
 	}
-	s, err := l.openStore(ctx, src, f, opt)
+	so := storage.Options{Share: share(opt.NoLock), Direct: opt.Direct, Timeout: opt.Timeout}
+	if f.ShareWrite && !opt.NoLock {
+		so.Share = storage.ShareWrite // a writer changes nothing that is told here
+	}
+	s, err := l.chain.openStore(ctx, src, so)
 	if err != nil {
 		return nil, err
 	}

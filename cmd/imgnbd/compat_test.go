@@ -231,6 +231,11 @@ func TestDifferences(t *testing.T) {
 	if !strings.Contains(o.Stderr, "No such file or directory\nimgnbd: hint: imgnbd help lists") {
 		t.Error(o.Stderr)
 	}
+	// It opens character devices.
+	o = ours("imgnbd", "-r", "-k", t.TempDir()+"/s", "/dev/null")
+	if o.Code != 1 || !strings.Contains(o.Stderr, "is a character device") {
+		t.Error(o)
+	}
 	// It removes a file that is in the socket's way, whatever it is.
 	wd, err := os.Getwd()
 	if err != nil {
