@@ -145,7 +145,8 @@ func signalCommand(ts *testscript.TestScript, neg bool, args []string) {
 	})
 }
 
-// probe SOCKET [hold]: connects and leaves, or stays to the end of the script.
+// probe SOCKET [hold|waits]: connects and leaves, or stays to the end of the
+// script; with waits the server has to leave it without a greeting.
 func probe(ts *testscript.TestScript, neg bool, args []string) {
 	c, err := net.Dial("unix", ts.MkAbs(args[0]))
 	if neg {
@@ -161,6 +162,12 @@ func probe(ts *testscript.TestScript, neg bool, args []string) {
 		return
 	}
 	ts.Defer(func() { c.Close() })
+	if args[1] == "waits" {
+		ts.Check(c.SetReadDeadline(time.Now().Add(500 * time.Millisecond)))
+		if n, err := c.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+			ts.Fatalf("%s: served, or turned away (%d bytes, %v)", args[0], n, err)
+		}
+	}
 }
 
 // status N COMMAND...: runs it and compares the exit status.
