@@ -381,6 +381,11 @@ func TestShutdownReportsFlush(t *testing.T) {
 		srv := &server{Server: s, t: t}
 		p := srv.connect("pipe", "", simple)
 		p.ok(cmd, 0, 0, 512, payload)
+		// That a client has asked for a flush, and heard that it failed, does
+		// not make the data durable.
+		if a := p.call(nbd.CmdFlush, 0, 0, 0, nil); a.errno != nbd.EIO {
+			t.Errorf("flush: %v", a)
+		}
 		if err := s.Shutdown(t.Context()); !errors.Is(err, broken) {
 			t.Errorf("Shutdown after %v: %v", cmd, err)
 		}

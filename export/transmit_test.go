@@ -403,6 +403,12 @@ func TestStatusPayload(t *testing.T) {
 			t.Errorf("%d bytes: %s, want %s", len(test.payload), got, test.want)
 		}
 	}
+	// A range whose end wraps is no range.
+	for cmd, want := range map[nbd.Command]nbd.Errno{nbd.CmdTrim: nbd.EINVAL, nbd.CmdWriteZeroes: nbd.ENOSPC, nbd.CmdCache: nbd.EINVAL, nbd.CmdBlockStatus: nbd.EINVAL} {
+		if a := p.call(cmd, 0, 1024, 1<<64-512, nil); a.errno != want {
+			t.Errorf("%v that wraps: %v", cmd, a)
+		}
+	}
 	// A payload where none belongs is skipped.
 	if a := p.call(nbd.CmdTrim, nbd.CmdFlagPayloadLen, 0, 1000, make([]byte, 1000)); a.errno != nbd.EINVAL {
 		t.Errorf("trim with a payload: %v", a)
