@@ -3,6 +3,8 @@
 package guest
 
 import (
+	"os"
+	"path/filepath"
 	"testing"
 
 	"github.com/imgnbd/imgnbd/internal/test/vm"
@@ -323,4 +325,41 @@ udevadm settle
 [ "$(ls /dev/disk/by-partuuid | wc -l)" = 2 ]
 imgnbd -d /dev/nbd0
 `}, "sfdisk", "mkfs.ext4", "/lib/systemd/systemd-udevd")
+}
+
+// A machine with little memory writes much to a device whose image is on a
+// disk of its own. What is to be written back needs the server, which
+// therefore never waits for memory that only writing back can free.
+func TestLittleMemory(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(file, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(file, 3<<30); err != nil {
+		t.Fatal(err)
+	}
+	run(t, vm.Options{Kernel: "6.12", Memory: 256, Disks: []string{file}, Script: `
+mkfs.ext4 -q /dev/vda
+mkdir disk m
+mount /dev/vda disk
+imgnbd create -q -f qcow2 disk/image 2G
+imgnbd -c /dev/nbd0 -f qcow2 disk/image
+pid=$(server /dev/nbd0)
+[ "$(cat /proc/$pid/oom_score_adj)" = -1000 ]
+grep -q -E '^VmLck:\s+[1-9]' /proc/$pid/status
+for task in /proc/$pid/task/*; do
+    # PF_MEMALLOC_NOIO
+    flags=$(sed 's/.*) //' $task/stat | cut -d' ' -f7)
+    [ $((flags & 0x80000)) != 0 ] || fail "$task may wait for writes: $flags"
+done
+mkfs.ext4 -q /dev/nbd0
+mount /dev/nbd0 m
+dd if=/dev/zero bs=1M count=1024 status=none | tr '\0' x >m/much
+sync -f m
+[ "$(stat -c %s m/much)" = 1073741824 ]
+grep -E 'VmHWM|VmLck' /proc/$pid/status
+umount m
+imgnbd -d /dev/nbd0
+imgnbd check -q -f qcow2 disk/image
+`}, "mkfs.ext4")
 }

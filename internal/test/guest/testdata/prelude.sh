@@ -1,5 +1,8 @@
 # What the scripts of guests share. A command that fails ends the script.
 
+set -E
+trap 'echo "FAIL: $BASH_COMMAND"' ERR
+
 fail() { echo "FAIL: $*"; exit 1; }
 
 # refused WORD... -- COMMAND...: it fails, and says each WORD.
