@@ -3,6 +3,8 @@ package qcow2
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -62,6 +64,28 @@ func TestDataFileOption(t *testing.T) {
 	plain := recipe{}
 	if _, err := chain().Open(t.Context(), plain.make(t), opt); err == nil || !strings.Contains(err.Error(), "'data-file' can only be set for images with an external data file") {
 		t.Errorf("image without a data file: %v", err)
+	}
+}
+
+// TestDataFileCompressed: an external data file has nothing compressed, and no
+// bytes of the image are taken for it.
+func TestDataFileCompressed(t *testing.T) {
+	qemu.Require(t, "qemu-img", "qemu-io")
+	r := recipe{options: "data_file=DIR/data", io: writes[:2]}
+	file := r.make(t)
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l1 := binary.BigEndian.Uint64(b[40:])
+	l2 := l1Entry(binary.BigEndian.Uint64(b[l1:])).host()
+	binary.BigEndian.PutUint64(b[l2:], flagCompressed)
+	if err := os.WriteFile(file, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err = openFile(t, file).ReadAt(make([]byte, 512), 0)
+	if !errors.Is(err, image.ErrCorrupt) || !strings.Contains(err.Error(), "compressed cluster in an image with an external data file") {
+		t.Errorf("got %v", err)
 	}
 }
 
