@@ -131,7 +131,7 @@ func (s *service) attach(exportName string) (*connect.Attachment, error) {
 			return nil, err
 		}
 	}
-	return connect.Attach(ctx, connect.Options{
+	a, err := connect.Attach(ctx, connect.Options{
 		Device:      s.opt.connect.device,
 		Export:      exportName,
 		Connections: s.opt.connect.connections,
@@ -146,6 +146,10 @@ func (s *service) attach(exportName string) (*connect.Attachment, error) {
 			return theirs, nil
 		},
 	})
+	if errors.Is(err, connect.ErrUnavailable) {
+		err = hinted(err, "serve with --socket=PATH, which needs no device; a container can use devices only where its host has nbd")
+	}
+	return a, err
 }
 
 // socketPair returns the two ends of a connection that nobody else can reach.

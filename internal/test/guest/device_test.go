@@ -5,6 +5,7 @@ package guest
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/imgnbd/imgnbd/internal/test/vm"
@@ -362,4 +363,44 @@ umount m
 imgnbd -d /dev/nbd0
 imgnbd check -q -f qcow2 disk/image
 `}, "mkfs.ext4")
+}
+
+// What the README shows is run as it stands there.
+func TestReadme(t *testing.T) {
+	readme, err := os.ReadFile("../../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, after, _ := strings.Cut(string(readme), "An image as a block device")
+	_, after, _ = strings.Cut(after, "```sh\n")
+	commands, _, ok := strings.Cut(after, "```")
+	if !ok {
+		t.Fatal("README.md shows no commands")
+	}
+	out := run(t, vm.Options{Kernel: "6.12", Script: "sudo() { \"$@\"; }\n" + commands + "free /dev/nbd0\n"}, "sfdisk", "mkfs.ext4")
+	for _, want := range []string{"hello\n", "/dev/nbd0: 1 GiB, /scratch/disk.qcow2 by imgnbd", "/dev/nbd0p1 is mounted on /mnt", "/dev/nbd0 disconnected\n"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("no %q in\n%s", want, out)
+		}
+	}
+}
+
+// By the name of qemu-nbd, scripts that know what it prints go on.
+func TestAsQEMUNBD(t *testing.T) {
+	run(t, vm.Options{Kernel: "6.12", Script: `
+ln -s "$(command -v imgnbd)" qemu-nbd
+truncate -s 1M disk.raw
+[ "$(./qemu-nbd -c /dev/nbd0 -f raw disk.raw 2>&1)" = '' ]
+[ "$(./qemu-nbd -d /dev/nbd0 2>&1)" = '/dev/nbd0 disconnected' ]
+[ "$(./qemu-nbd -d /dev/nbd0 2>err)" = '/dev/nbd0 disconnected' ]
+[ "$(cat err)" = 'qemu-nbd: warning: /dev/nbd0: not attached' ]
+
+refused 'WARNING: Image format was not specified' -- ./qemu-nbd -c /dev/nbd0 disk.raw
+eventually test -e /sys/block/nbd0/pid
+[ "$(cat /proc/$(server /dev/nbd0)/comm)" = qemu-nbd ]
+imgnbd -d /dev/nbd0
+imgnbd -c /dev/nbd0 disk.raw
+imgnbd -d /dev/nbd0
+free /dev/nbd0
+`})
 }
