@@ -72,7 +72,8 @@
 //	R10  a table whose L1 entry may have been written is not new any more, even if
 //	     its batch failed: it is changed in place
 //	R11  what a new refcount block covers is handed out once a batch has the block;
-//	     if that batch fails, the next syncs between blocks and entries
+//	     if that batch fails, the next syncs between blocks and entries; a block
+//	     is counted by itself or by one that is linked durably
 //	R12  a record is in the journal before its entry is visible, and its slice on
 //	     the dirty list before the record has a number; a cut reads the journal's
 //	     end first, the list second

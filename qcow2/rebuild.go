@@ -48,6 +48,7 @@ func (im *Image) storeCounts(c *checker) error {
 	if err != nil {
 		return err
 	}
+	refs.remade = true
 	// First those that have a place.
 	var homeless []int64
 	for k := int64(0); k < max(c.clusters, refs.coverable()); k++ {

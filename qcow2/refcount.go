@@ -31,6 +31,9 @@ type refcounts struct {
 	table   []refTableEntry // the table as it will be when what is made is linked
 	made    []int64         // ranges whose table entry is not known to be durable
 	blank   map[int64]bool  // of those, the ones whose block was never written
+	unknown map[int64]bool  // ranges in made, or in a batch that has not ended
+	remade  bool            // all is made anew under the dirty bit, in any order
+	commit  func() error    // commits everything, for cover
 	grown   *grownTable     // a larger table that the header does not point to yet
 	retry   bool            // a batch failed after it took made: see writeTable
 
@@ -60,7 +63,7 @@ type grownTable struct {
 // openRefcounts reads the refcount table. end is how many clusters the store
 // can ever hold.
 func openRefcounts(store storage.Store, g *geometry, at, clusters, end int64, d *defects) (*refcounts, error) {
-	r := &refcounts{store: store, g: g, end: end, defects: d, tableAt: at, sectors: map[int64]*countSector{}, blank: map[int64]bool{}}
+	r := &refcounts{store: store, g: g, end: end, defects: d, tableAt: at, sectors: map[int64]*countSector{}, blank: map[int64]bool{}, unknown: map[int64]bool{}}
 	b := make([]byte, clusters<<g.clusterBits)
 	if err := readZeroPadded(store, b, at); err != nil {
 		return nil, fmt.Errorf("refcount table at %#x: %w", at, err)
@@ -229,7 +232,7 @@ func (r *refcounts) extend(a *allocator) error {
 			if grew, err := r.growTable(a); !grew || err != nil {
 				return err
 			}
-		} else if err := r.makeBlock(a, i); err != nil {
+		} else if made, err := r.makeBlock(a, i); !made || err != nil {
 			return err
 		}
 	}
@@ -237,22 +240,29 @@ func (r *refcounts) extend(a *allocator) error {
 }
 
 // cover sees to it that cluster c, below the tail, has a refcount block, before
-// anything was handed out by a.
+// anything was handed out by a. It commits where that takes more than one batch.
 func (r *refcounts) cover(a *allocator, c int64) error {
 	for r.covered(c) == c && c < r.end {
 		i := c >> r.g.refBlockBits
-		if tail := a.tail >> r.g.refBlockBits; r.covered(a.tail) == a.tail {
-			i = tail // first the block that counts the blocks
+		if r.covered(a.tail) == a.tail {
+			i = a.tail >> r.g.refBlockBits // first the block that counts the blocks
 		}
-		if a.tail >= r.end {
-			return syscall.ENOSPC
-		}
-		if i < int64(len(r.table)) {
-			if err := r.makeBlock(a, i); err != nil {
-				return err
+		var made bool
+		var err error
+		switch {
+		case a.tail >= r.end:
+			err = syscall.ENOSPC
+		case i < int64(len(r.table)):
+			if made, err = r.makeBlock(a, i); err == nil && !made {
+				err = r.commit()
 			}
-		} else if grew, err := r.growTable(a); err != nil || !grew {
-			return first(err, syscall.ENOSPC)
+		default:
+			if made, err = r.growTable(a); err == nil && !made {
+				err = syscall.ENOSPC
+			}
+		}
+		if err != nil {
+			return err
 		}
 	}
 	return nil
@@ -261,8 +271,17 @@ func (r *refcounts) cover(a *allocator, c int64) error {
 // pending reports whether there is something to link.
 func (r *refcounts) pending() bool { return len(r.made) > 0 || r.grown != nil }
 
-// makeBlock makes the refcount block of range i, at the tail.
-func (r *refcounts) makeBlock(a *allocator, i int64) error {
+// makeBlock makes the refcount block of range i, at the tail. It returns false
+// if the block would be counted by another one that may not be linked yet:
+// its own link could then outlive the other's.
+func (r *refcounts) makeBlock(a *allocator, i int64) (bool, error) {
+	if by := a.tail >> r.g.refBlockBits; by != i && r.unknown[by] && !r.remade {
+		return false, nil
+	}
+	return true, r.placeBlock(a, i)
+}
+
+func (r *refcounts) placeBlock(a *allocator, i int64) error {
 	if r.table[i] != 0 {
 		a.limit = r.covered(a.limit)
 		return nil
@@ -272,6 +291,7 @@ func (r *refcounts) makeBlock(a *allocator, i int64) error {
 	r.table[i] = refTableEntry(host << r.g.clusterBits)
 	r.made = append(r.made, i)
 	r.blank[i] = true
+	r.unknown[i] = true
 	a.limit = max(a.limit, r.covered(a.limit))
 	_, err := r.add(host, +1)
 	return err
@@ -288,7 +308,8 @@ func (r *refcounts) growTable(a *allocator) (bool, error) {
 	r.grown = &grownTable{old: hostRun{r.tableAt >> r.g.clusterBits, r.g.clusters(have)}}
 	r.table = append(r.table, make([]refTableEntry, n<<r.g.clusterBits/8-int64(len(r.table)))...)
 	for a.limit-a.tail < n {
-		if err := r.makeBlock(a, a.limit>>r.g.refBlockBits); err != nil {
+		// All these are linked at once, by the header.
+		if err := r.placeBlock(a, a.limit>>r.g.refBlockBits); err != nil {
 			return false, err
 		}
 	}
@@ -437,6 +458,9 @@ func (r *refcounts) settle(b *countBatch, ok bool) (old hostRun) {
 			r.tableAt = b.grown.at.first << r.g.clusterBits
 			r.grown = nil
 			old = b.grown.old
+		}
+		for _, i := range b.made {
+			delete(r.unknown, i)
 		}
 		return old
 	}

@@ -112,6 +112,7 @@ func newWriter(d *disk, h *header, bitmaps []bitmap, opt *image.Options, hooks *
 		}
 		journal.stored = hooks.stored
 	}
+	refs.commit = w.commit.once
 	if err := w.clearFeatures(); err != nil {
 		return nil, err
 	}
