@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/url"
 	"os"
@@ -409,6 +410,36 @@ backing=json:{"driver":"toy","data-file":"`+data+`","file.filename":"`+filepath.
 	}
 	if _, err := d.read("in/top"); !errors.Is(err, image.ErrReference) {
 		t.Errorf("named by the image: %v", err)
+	}
+}
+
+// TestDirect: who asks for direct I/O, the user or an image about the one below
+// it, gets it for that image and all below.
+func TestDirect(t *testing.T) {
+	d := newDir(t)
+	d.file("raw", strings.Repeat("x", 4096))
+	d.file("middle", "TOY\nbacking=raw\nformat=raw\n")
+	d.file("top", "TOY\nbacking="+`json:{"driver":"toy","file.filename":"`+filepath.Join(d.path, "middle")+`","cache.direct":true}`+"\n")
+	direct := make(map[string]bool)
+	open := d.chain.Protocols[0].Open
+	d.chain.Protocols[0].Open = func(ctx context.Context, u *url.URL, opt storage.Options) (storage.Store, error) {
+		name := filepath.Base(u.Path)
+		direct[name] = opt.Direct // the last one counts: the first only looks
+		opt.Direct = false        // which not every file system has
+		return open(ctx, u, opt)
+	}
+	for asked, want := range map[bool]map[string]bool{
+		false: {"top": false, "middle": true, "raw": true},
+		true:  {"top": true, "middle": true, "raw": true},
+	} {
+		dev, err := d.chain.Open(t.Context(), filepath.Join(d.path, "top"), image.OpenOptions{Format: "toy", ReadOnly: true, Direct: asked})
+		if err != nil {
+			t.Fatal(err)
+		}
+		dev.Close()
+		if !maps.Equal(direct, want) {
+			t.Errorf("asked for %v: %v, want %v", asked, direct, want)
+		}
 	}
 }
 

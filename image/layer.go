@@ -135,6 +135,7 @@ func (l *layer) OpenImage(ctx context.Context, ref Reference) (Device, error) {
 	opt := l.opt
 	opt.ReadOnly = true
 	opt.NoLock = opt.NoLock || src.noLock
+	opt.Direct = opt.Direct || src.direct
 	s, err := l.chain.openStore(ctx, src, storage.Options{Share: share(opt.NoLock), Direct: opt.Direct, Timeout: opt.Timeout})
 	if err != nil {
 		return nil, Wrap("open", src.name, err)
@@ -169,7 +170,7 @@ func (l *layer) OpenStore(ctx context.Context, ref Reference, write bool) (stora
 	if err != nil {
 		return nil, err
 	}
-	so := storage.Options{Share: share(l.opt.NoLock || src.noLock), Direct: l.opt.Direct, Timeout: l.opt.Timeout}
+	so := storage.Options{Share: share(l.opt.NoLock || src.noLock), Direct: l.opt.Direct || src.direct, Timeout: l.opt.Timeout}
 	if write {
 		so.Access = storage.WriteGrow
 	}
