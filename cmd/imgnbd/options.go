@@ -333,12 +333,8 @@ func value(fs *pflag.FlagSet, name, short string, set func(string) error) {
 	fs.FuncP(name, short, "", set)
 }
 
-// refuse adds an option of qemu-nbd's that this version has no use for. To
+// refuseValue adds an option of qemu-nbd's that this version has no use for. To
 // ignore it would be to lie.
-func refuse(fs *pflag.FlagSet, name, short, instead string) {
-	flag(fs, name, short, func() error { return refusal(name, instead) })
-}
-
 func refuseValue(fs *pflag.FlagSet, name, short, instead string) {
 	value(fs, name, short, func(string) error { return refusal(name, instead) })
 }
