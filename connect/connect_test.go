@@ -290,6 +290,24 @@ func TestRecord(t *testing.T) {
 	}
 }
 
+// A device whose server has died is detached without a flush, which nobody
+// could take.
+func TestDead(t *testing.T) {
+	h, k := newFake(t)
+	a := attach(t, h, to(Auto, disk))
+	a.record.f.Close()
+	k.log = nil
+	if err := h.detachAndWait(limited(t), 0, false); err != nil {
+		t.Error(err)
+	}
+	if diff := cmp.Diff([]string{"claim /dev/nbd0", "disconnect 0", "release /dev/nbd0"}, k.logged()); diff != "" {
+		t.Error(diff)
+	}
+	if _, err := os.Stat(h.recordPath(0)); err == nil {
+		t.Error("the record stays")
+	}
+}
+
 // A record that is not about this attachment says nothing.
 func TestForeignRecord(t *testing.T) {
 	h, k := newFake(t)

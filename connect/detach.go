@@ -28,11 +28,16 @@ func Detach(ctx context.Context, path string, force bool) error {
 	if !h.connected(index) {
 		return fmt.Errorf("%s: %w", h.path(index), ErrNotAttached)
 	}
-	server := h.server(index)
+	return h.detachAndWait(ctx, index, force)
+}
+
+func (h *host) detachAndWait(ctx context.Context, index int, force bool) error {
+	s := h.server(index)
 	if err := h.detach(ctx, index, force); err != nil {
+		s.close()
 		return err
 	}
-	return server.wait(ctx)
+	return s.wait(ctx)
 }
 
 func (h *host) detach(ctx context.Context, index int, force bool) error {
@@ -46,10 +51,11 @@ func (h *host) detach(ctx context.Context, index int, force bool) error {
 	}
 	// While it is held nobody can mount it. Each partition has a page cache of
 	// its own.
-	err = h.syncAll(index, held)
-	if err != nil && !force {
-		held.Close()
-		return err
+	if !h.abandoned(index) {
+		if err := h.syncAll(index, held); err != nil && !force {
+			held.Close()
+			return err
+		}
 	}
 	err = h.disconnect(index)
 	held.Close()
@@ -57,6 +63,13 @@ func (h *host) detach(ctx context.Context, index int, force bool) error {
 		return fmt.Errorf("%s: %w", h.path(index), err)
 	}
 	return h.awaitFree(ctx, index)
+}
+
+// abandoned reports whether there is nobody who could take what is flushed.
+func (h *host) abandoned(index int) bool {
+	s := h.server(index)
+	defer s.close()
+	return s.dead()
 }
 
 // claim opens the device so that nobody else can use it but by opening it.

@@ -67,7 +67,7 @@ func (h *host) device(index int) Device {
 	}
 	if s := h.server(index); s.known() {
 		defer s.close()
-		d.Image, d.Connections, d.PID, d.Dead = s.Image, s.Connections, s.PID, !s.alive()
+		d.Image, d.Connections, d.PID, d.Dead = s.Image, s.Connections, s.PID, s.dead()
 	} else {
 		d.PID, _ = strconv.Atoi(h.read(index, n, "pid"))
 	}

@@ -97,16 +97,17 @@ func lock(ctx context.Context, f *os.File, how int) error {
 // A server is who serves a device, as far as it is one of ours.
 type server struct {
 	Record
-	f *os.File // nil: it is not
+	path string
+	f    *os.File // nil: it is not
 }
 
 // server finds it. The file is kept open, so it must be waited for or closed.
 func (h *host) server(index int) server {
-	f, err := os.Open(h.recordPath(index))
+	s := server{path: h.recordPath(index)}
+	f, err := os.Open(s.path)
 	if err != nil {
 		return server{}
 	}
-	var s server
 	if err := json.NewDecoder(f).Decode(&s.Record); err != nil || s.Backend != h.read(index, name(index), "backend") {
 		f.Close()
 		return server{}
@@ -117,6 +118,9 @@ func (h *host) server(index int) server {
 
 func (s server) known() bool { return s.f != nil }
 
+// dead reports whether it is one of ours and has ended without a word.
+func (s server) dead() bool { return s.known() && !s.alive() }
+
 // alive reports whether the server still runs.
 func (s server) alive() bool {
 	err := syscall.Flock(int(s.f.Fd()), syscall.LOCK_SH|syscall.LOCK_NB)
@@ -126,7 +130,8 @@ func (s server) alive() bool {
 	return errors.Is(err, syscall.EWOULDBLOCK)
 }
 
-// wait waits until the server has closed the image.
+// wait waits until the server has closed the image. What a dead one left is
+// removed.
 func (s server) wait(ctx context.Context) error {
 	if s.f == nil {
 		return nil
@@ -134,6 +139,9 @@ func (s server) wait(ctx context.Context) error {
 	defer s.close()
 	if err := lock(ctx, s.f, syscall.LOCK_SH); err != nil {
 		return fmt.Errorf("process %d has not finished with %s: %w", s.PID, s.Image, err)
+	}
+	if isAt(s.f, s.path) {
+		return os.Remove(s.path)
 	}
 	return nil
 }

@@ -255,6 +255,45 @@ free /dev/nbd0
 `}, "mkfs.ext4")
 }
 
+// A server that is killed leaves a device that fails, and hangs nobody, and
+// that is detached as any other.
+func TestKilled(t *testing.T) {
+	for _, kernel := range []string{"6.1", "6.12"} {
+		t.Run(kernel, func(t *testing.T) {
+			run(t, vm.Options{Kernel: kernel, Script: `
+truncate -s 64M disk.raw
+printf ',\n' | sfdisk -q disk.raw
+mkdir m
+for connections in 1 3; do
+    imgnbd -c /dev/nbd0 --connections=$connections -f raw disk.raw
+    mkfs.ext4 -q -F /dev/nbd0p1
+    mount /dev/nbd0p1 m
+    fill m
+    sync -f m
+    head -c 10M /dev/urandom >m/dirty
+    pid=$(server /dev/nbd0)
+    kill -KILL $pid
+    eventually gone $pid
+    if sync m/dirty 2>/dev/null; then fail 'a write that nobody took'; fi
+    imgnbd devices
+    imgnbd devices | grep -q 'disk.raw, whose server, process .*, has ended'
+    refused 'whose server has ended' -- imgnbd -c /dev/nbd0 -f raw disk.raw
+    refused 'is mounted on' -- imgnbd -d /dev/nbd0
+    umount m
+    imgnbd -d /dev/nbd0
+    free /dev/nbd0
+    imgnbd -c /dev/nbd0 -f raw disk.raw
+    e2fsck -fy /dev/nbd0p1 >/dev/null || [ $? = 1 ]
+    mount /dev/nbd0p1 m
+    verify m
+    umount m
+    imgnbd -d /dev/nbd0
+done
+`}, "sfdisk", "mkfs.ext4", "e2fsck")
+		})
+	}
+}
+
 // Devices that others have attached are listed and detached, and others
 // detach ours.
 func TestOthers(t *testing.T) {
