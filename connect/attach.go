@@ -218,6 +218,8 @@ func attachError(c *config, path string, err error) error {
 		path = "a free device"
 	}
 	switch {
+	case errors.Is(err, ErrUnavailable):
+		return err
 	case errors.Is(err, syscall.EPERM):
 		return fmt.Errorf("%s: attaching needs root, and a container needs CAP_SYS_ADMIN on the host itself: %w", path, err)
 	case errors.Is(err, syscall.EINVAL) && c.index != anyIndex:
@@ -311,7 +313,7 @@ func (h *host) awaitNodes(ctx context.Context, index int, names ...string) error
 	return nil
 }
 
-var deviceName = regexp.MustCompile(`^nbd(\d{1,7})$`)
+var deviceName = regexp.MustCompile(`^nbd(0|[1-9]\d{0,6})$`)
 
 // index returns the number of a device, which may be given by a link.
 func (h *host) index(path string) (int, error) {

@@ -137,6 +137,7 @@ func TestAttachRefused(t *testing.T) {
 	}{
 		{to("/dev/sda", disk), "/dev/sda is not the name of a device as /dev/nbd0"},
 		{to("/dev/nbd1p1", disk), "is not the name"},
+		{to("/dev/nbd01", disk), "is not the name"},
 		{to("/tmp/nbd1", disk), "is not the name"},
 		{to("nbd1", disk), "is not the name"},
 		{to("/dev/nbd99", disk), "no device of that number"},

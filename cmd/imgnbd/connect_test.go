@@ -1,8 +1,13 @@
 package main
 
 import (
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 // What contradicts an attachment is refused before anything is opened.
@@ -31,4 +36,27 @@ func TestConnectOptions(t *testing.T) {
 			t.Errorf("%s: %+v", args, o)
 		}
 	}
+}
+
+func TestNotify(t *testing.T) {
+	for _, path := range []string{filepath.Join(t.TempDir(), "s"), fmt.Sprintf("@imgnbd-test-%d", os.Getpid())} {
+		l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		t.Setenv("NOTIFY_SOCKET", path)
+		notify("READY=1")
+		l.SetReadDeadline(time.Now().Add(deadline))
+		b := make([]byte, 100)
+		n, err := l.Read(b)
+		if err != nil || string(b[:n]) != "READY=1" {
+			t.Errorf("%s: %q, %v", path, b[:n], err)
+		}
+	}
+	// Nobody who listens is no reason to fail.
+	t.Setenv("NOTIFY_SOCKET", filepath.Join(t.TempDir(), "none"))
+	notify("READY=1")
+	t.Setenv("NOTIFY_SOCKET", "")
+	notify("READY=1")
 }

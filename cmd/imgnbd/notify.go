@@ -3,7 +3,6 @@ package main
 import (
 	"net"
 	"os"
-	"strings"
 )
 
 // notify tells a service manager of the state of this process, see
@@ -12,9 +11,6 @@ func notify(state string) {
 	path := os.Getenv("NOTIFY_SOCKET")
 	if path == "" {
 		return
-	}
-	if strings.HasPrefix(path, "@") {
-		path = "\x00" + path[1:]
 	}
 	c, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: path, Net: "unixgram"})
 	if err != nil {

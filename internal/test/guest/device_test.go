@@ -99,7 +99,12 @@ for max in default 0 8 16; do
             free /dev/nbd0
         done
     done
-    echo "max_part $(cat /sys/module/nbd/parameters/max_part)"
+    have=$(cat /sys/module/nbd/parameters/max_part)
+    case $max in # the kernel rounds up to 2^n-1
+    0) [ $have = 0 ] ;;
+    8) [ $have = 15 ] ;;
+    16) [ $have = 31 ] ;;
+    esac || fail "max_part is $have, not $max"
     rmmod nbd
 done
 `}, "sfdisk")
