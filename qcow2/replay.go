@@ -35,6 +35,11 @@ func (w *writer) replay(records []record) error {
 	if err := t.collect(records); err != nil {
 		return err
 	}
+	if !t.geo.dataFile {
+		if err := t.foreign(); err != nil {
+			return err
+		}
+	}
 	if err := t.room(); err != nil {
 		return err
 	}
