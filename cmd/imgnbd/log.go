@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net"
 	"strings"
 )
 
@@ -57,6 +58,11 @@ func attrText(a slog.Attr) string {
 		return fmt.Sprintf(", %s %q", a.Key, v)
 	case nil:
 		return ""
+	case *net.UnixAddr:
+		if v.Name == "" || v.Name == "@" { // clients seldom have one
+			return ""
+		}
+		return fmt.Sprintf(", %s %q", a.Key, v.Name)
 	default:
 		return fmt.Sprintf(", %s %v", a.Key, v)
 	}

@@ -151,6 +151,10 @@ func (t *target) failed(err error) error {
 	return &worded{fmt.Sprintf("%s '%s': %s", t.words, t.given, t.why(err)), err}
 }
 
+// wordsOfFormats are errors that formats tell in QEMU's words, which name no
+// file.
+var wordsOfFormats = []error{image.ErrCorrupt, image.ErrWrongFormat, errors.ErrUnsupported}
+
 // why puts the causes that people and scripts know into QEMU's words; others
 // speak for themselves.
 func (t *target) why(err error) string {
@@ -170,6 +174,8 @@ func (t *target) why(err error) string {
 		return before + fmt.Sprintf("Could not open '%s': %s", name, strerror(place.Err))
 	case errors.Is(place.Err, image.ErrWrongFormat) && t.opt.Format != "":
 		return before + fmt.Sprintf("Image is not in %s format", t.opt.Format)
+	case name != t.shown && !slices.ContainsFunc(wordsOfFormats, func(e error) bool { return errors.Is(place.Err, e) }):
+		return before + fmt.Sprintf("'%s': %s", name, place.Err)
 	}
 	return before + place.Err.Error()
 }
