@@ -117,7 +117,9 @@ func TestHandshakeLimit(t *testing.T) {
 		t.Fatal(err)
 	}
 	for limit, cut := range map[string]bool{"1": true, "0": false} {
-		cmd := exec.Command("imgnbd", "-r", "-f", "raw", "--handshake-limit="+limit, "-k", socket, disk)
+		cmd := exec.Command("imgnbd", "-v", "-r", "-f", "raw", "--handshake-limit="+limit, "-k", socket, disk)
+		var stderr strings.Builder
+		cmd.Stderr = &stderr
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
@@ -143,6 +145,11 @@ func TestHandshakeLimit(t *testing.T) {
 		_, err := io.Copy(io.Discard, conn)
 		if (err == nil) != cut {
 			t.Errorf("--handshake-limit=%s: %v", limit, err)
+		}
+		cmd.Process.Signal(syscall.SIGTERM)
+		cmd.Wait()
+		if strings.Contains(stderr.String(), "handshake took longer than 1s") != cut {
+			t.Errorf("--handshake-limit=%s:\n%s", limit, &stderr)
 		}
 		os.Remove(socket)
 	}
