@@ -35,7 +35,7 @@ func (m *journalMode) set(s string) (err error) {
 func (m *journalMode) journals(u *ui, quiet bool) image.Journals {
 	j := &journal.Files{Dirs: journal.Dirs(), Off: m.off}
 	if m.dir != "" {
-		j.Dirs = append([]string{m.dir}, j.Dirs...)
+		j.Dirs, j.Also = []string{m.dir}, j.Dirs
 	}
 	j.Without = func(cause error) error {
 		switch {

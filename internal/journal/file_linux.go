@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -72,7 +73,7 @@ func (j *Files) Open(info storage.Info) (image.Journal, error) {
 	if err != nil {
 		return nil, j.without(err)
 	}
-	for _, dir := range j.Dirs {
+	for _, dir := range j.places() {
 		f, err := find(dir, name, now)
 		if err != nil {
 			return nil, err
@@ -95,6 +96,9 @@ func (j *Files) Open(info storage.Info) (image.Journal, error) {
 	return nil, j.without(errors.New(strings.Join(causes, "; ")))
 }
 
+// places are the directories where a process may have left a journal.
+func (j *Files) places() []string { return slices.Concat(j.Dirs, j.Also) }
+
 func (j *Files) without(cause error) error {
 	if j.Off {
 		return nil
@@ -111,7 +115,7 @@ func (j *Files) Left(info storage.Info) string {
 	if err != nil {
 		return ""
 	}
-	for _, dir := range j.Dirs {
+	for _, dir := range j.places() {
 		if left(dir, name, now) {
 			return filepath.Join(dir, name)
 		}
@@ -125,7 +129,7 @@ func (j *Files) Remove(info storage.Info) error {
 	if err != nil {
 		return nil
 	}
-	for _, dir := range j.Dirs {
+	for _, dir := range j.places() {
 		f, err := find(dir, name, now)
 		if err != nil {
 			return err

@@ -31,6 +31,9 @@ type Files struct {
 	// not exist are made.
 	Dirs []string
 
+	// Also are searched, too.
+	Also []string
+
 	// Off begins no new journal. What a process left is still brought back.
 	Off bool
 
