@@ -21,9 +21,21 @@ type Checker interface {
 
 // CheckOptions say how an image is checked.
 type CheckOptions struct {
+	Repair   Repair
 	Report   func(Finding)           // told of each finding; may be nil
 	Progress func(done, total int64) // told now and then; may be nil
 }
+
+// Repair says what a check repairs. Whatever it is, guest data that could be
+// read before reads the same, also after a power cut in the middle; a repair
+// that was cut off is begun again.
+type Repair uint8
+
+const (
+	RepairNothing Repair = iota
+	RepairLeaks          // only what is safe however much else is wrong
+	RepairAll
+)
 
 // A Finding is one thing that is wrong with an image.
 type Finding struct {
@@ -40,6 +52,9 @@ type CheckResult struct {
 	AllocatedClusters  int64
 	FragmentedClusters int64
 	CompressedClusters int64
+
+	// What was repaired, and is not counted above.
+	CorruptionsFixed, LeaksFixed int64
 }
 
 // A Snapshotter has internal snapshots.

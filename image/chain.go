@@ -88,6 +88,24 @@ func (c *Chain) settle(src *source, format string) error {
 	return nil
 }
 
+// Check verifies the structure of an image, and repairs it if it is told to.
+// format is what the image was taken for, also with an error where that is
+// known. A format without structure is ErrNoCheck. opt.ReadOnly is of no
+// account: the image is opened for writing if it is repaired.
+func (c *Chain) Check(ctx context.Context, name string, opt OpenOptions, what CheckOptions) (res CheckResult, format string, err error) {
+	src, err := parseName(name)
+	if err != nil {
+		return res, "", &Error{"open", name, err}
+	}
+	opt.ReadOnly = what.Repair == RepairNothing
+	l, err := c.top(&src, &opt)
+	if err != nil {
+		return res, "", Wrap("open", src.name, err)
+	}
+	res, format, err = l.check(ctx, src, opt, what)
+	return res, format, Wrap("open", src.name, err)
+}
+
 // OpenImage opens a backing image for who has only the store that names it.
 // Images that Open returns have their own Opener, which knows all ancestors.
 func (c *Chain) OpenImage(ctx context.Context, ref Reference) (Device, error) {

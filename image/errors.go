@@ -15,9 +15,10 @@ var (
 	ErrOutOfRange = storage.ErrOutOfRange // range outside the device
 	ErrWouldBlock = storage.ErrWouldBlock // TryReadAt would have had to wait
 
-	ErrCorrupt     = errors.New("image is corrupt")     // the image contradicts itself
-	ErrWrongFormat = errors.New("not in this format")   // not this format; try the next
-	ErrReference   = errors.New("refused by policy")    // the policy refuses what the image names
+	ErrCorrupt     = errors.New("image is corrupt")   // the image contradicts itself
+	ErrWrongFormat = errors.New("not in this format") // not this format; try the next
+	ErrReference   = errors.New("refused by policy")  // the policy refuses what the image names
+	ErrNoCheck     = errors.New("images of this format cannot be checked")
 	ErrKey         = errors.New("key missing or wrong") // the image is encrypted
 )
 

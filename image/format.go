@@ -24,6 +24,11 @@ type Format struct {
 	// and also of an image that Open would refuse. s stays the caller's.
 	Inspect func(ctx context.Context, s storage.Store) (*Inspection, error)
 
+	// Check verifies the structure of an image, and repairs it, without opening
+	// what the image names, and also where Open would refuse it. An error means
+	// that it came to no end. s stays the caller's.
+	Check func(ctx context.Context, s storage.Store, opt Options, what CheckOptions) (CheckResult, error)
+
 	// Create writes an empty image of that format into s, which is empty or
 	// will be overwritten. s stays the caller's.
 	// What was there does not look like an image any more before anything else

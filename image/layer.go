@@ -21,21 +21,7 @@ type layer struct {
 
 // open opens what l stands for.
 func (l *layer) open(ctx context.Context, src source, opt OpenOptions) (Device, error) {
-	var guessed bool
-	var looked string
-	if src.format == "" {
-		f, id, g, err := l.look(ctx, src)
-		if err != nil {
-			return nil, err
-		}
-		src.format, looked, guessed = f.Name, id, g
-	}
-	if guessed && len(src.params) > 0 {
-		// Besides being a guess, they would show the guard another disk than
-		// is recognised the next time.
-		return nil, &Hint{Err: errors.New("options for a format that is a guess"), Advice: "give the format: -f raw"}
-	}
-	f, err := l.chain.format(src.format)
+	f, looked, guessed, err := l.formatOf(ctx, &src)
 	if err != nil {
 		return nil, err
 	}
@@ -54,6 +40,45 @@ func (l *layer) open(ctx context.Context, src source, opt OpenOptions) (Device, 
 		d = ProbeGuard(d, l.chain.Formats)
 	}
 	return d, nil
+}
+
+// check checks what l stands for.
+func (l *layer) check(ctx context.Context, src source, opt OpenOptions, what CheckOptions) (res CheckResult, format string, err error) {
+	f, looked, _, err := l.formatOf(ctx, &src)
+	if err != nil {
+		return res, "", err
+	}
+	if f.Check == nil {
+		return res, f.Name, ErrNoCheck
+	}
+	s, err := l.openStore(ctx, src, f, opt)
+	if err != nil {
+		return res, f.Name, err
+	}
+	if err = l.same(s, f, looked); err == nil {
+		res, err = f.Check(ctx, s, Options{Name: src.name, ReadOnly: opt.ReadOnly, Params: src.params, Warn: l.chain.Warn}, what)
+	}
+	return res, f.Name, errors.Join(err, s.Close())
+}
+
+// formatOf finds out the format of an image, and where that takes a look, the
+// identity of the store that was looked at and whether it is a guess.
+func (l *layer) formatOf(ctx context.Context, src *source) (f *Format, looked string, guessed bool, err error) {
+	if src.format != "" {
+		f, err = l.chain.format(src.format)
+		return f, "", false, err
+	}
+	f, looked, guessed, err = l.look(ctx, *src)
+	if err != nil {
+		return nil, "", false, err
+	}
+	if guessed && len(src.params) > 0 {
+		// Besides being a guess, they would show the guard another disk than
+		// is recognised the next time.
+		return nil, "", false, &Hint{Err: errors.New("options for a format that is a guess"), Advice: "give the format: -f raw"}
+	}
+	src.format = f.Name
+	return f, looked, guessed, nil
 }
 
 // look recognises an image without disturbing who uses it.
@@ -91,14 +116,8 @@ func (l *layer) openStore(ctx context.Context, src source, f *Format, opt OpenOp
 func (l *layer) openFormat(ctx context.Context, s storage.Store, f *Format, opt OpenOptions, src source, looked string) (Device, error) {
 	l.id = identity(s)
 	l.opt = OpenOptions{Direct: opt.Direct, NoLock: opt.NoLock, Timeout: opt.Timeout}
-	if looked != "" {
-		now, _, err := l.chain.recognise(s)
-		if err != nil {
-			return nil, err
-		}
-		if looked != l.id || now.Name != f.Name {
-			return nil, errors.New("it changed while it was being opened")
-		}
+	if err := l.same(s, f, looked); err != nil {
+		return nil, err
 	}
 	o := Options{
 		Name:     src.name,
@@ -124,6 +143,21 @@ func (l *layer) openFormat(ctx context.Context, s storage.Store, f *Format, opt 
 		return nil, errors.Join(journalError(err, j), j.Close())
 	}
 	return d, nil
+}
+
+// same returns an error unless s is what was looked at and of the same format.
+func (l *layer) same(s storage.Store, f *Format, looked string) error {
+	if looked == "" {
+		return nil
+	}
+	now, _, err := l.chain.recognise(s)
+	if err != nil {
+		return err
+	}
+	if looked != identity(s) || now.Name != f.Name {
+		return errors.New("it changed while it was being opened")
+	}
+	return nil
 }
 
 // OpenImage opens a backing image of l, read-only.

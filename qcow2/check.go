@@ -10,6 +10,7 @@ import (
 	"syscall"
 
 	"github.com/imgnbd/imgnbd/image"
+	"github.com/imgnbd/imgnbd/storage"
 )
 
 // maxCheckedClusters is QEMU's bound of the clusters of a store.
@@ -21,17 +22,39 @@ const checkRun = 1 << 20
 // A checker verifies an image as qemu-img does: it counts the references to
 // each cluster by walking everything that the header leads to, compares the
 // counts with the stored ones, and then looks whether the copied flags agree.
-// Findings, their words and their order are qemu-img's.
+// Findings, their words and their order are qemu-img's. How it repairs is in
+// repair.go.
 type checker struct {
-	im   *Image
-	h    *header // as the store has it
-	ctx  context.Context
-	opt  image.CheckOptions
-	res  image.CheckResult
-	size int64 // of the store
+	store     storage.Store
+	g         *geometry
+	h         *header // as the store has it
+	snapshots []snapshot
+	bitmaps   []bitmap
+	ctx       context.Context
+	opt       image.CheckOptions
+	res       image.CheckResult
+	size      int64 // of the store
 
+	l1       []uint64 // active
+	refTable []uint64
+	broken   bool   // the refcount structure cannot be mended, only be made anew
 	clusters int64  // that are looked at: those of the store, and what refers to the one behind
 	refs     *tally // references; later the stored counts
+	last     int64  // the last cluster that has either
+
+	// Of who repairs.
+	roles *roleMap
+	over  *roleMap // clusters that have more references than can be counted
+	old   *roleMap // before the refcount structure was left out
+	anew  bool     // the refcount structure is left out of the walk
+	quiet bool     // findings were reported before
+	tail  int64    // cluster behind all that was made
+	made  *roleMap // what was made,
+
+	uncounted bool // and has no counts yet
+
+	past, pastFrom int64 // references past the end that the store may grow for
+	beyond         int64 // where other references past the end begin
 
 	done, total int64 // tables
 
@@ -41,96 +64,153 @@ type checker struct {
 	blockNo int64  // this one; -1: none
 }
 
+func newChecker(ctx context.Context, s storage.Store, h *header, opt image.CheckOptions) *checker {
+	return &checker{store: s, g: newGeometry(h), h: h, ctx: ctx, opt: opt, blockNo: -1}
+}
+
+// check verifies, or repairs, the image in a store, one that Open would refuse
+// too.
+func check(ctx context.Context, s storage.Store, opt image.Options, what image.CheckOptions) (image.CheckResult, error) {
+	_, err := parseOptions(opt.Params)
+	var h *header
+	if err == nil {
+		h, err = readHeader(s)
+	}
+	p := forChecking
+	if what.Repair == image.RepairAll {
+		p = forRepair
+	}
+	if err == nil {
+		err = h.check(p)
+	}
+	if err != nil {
+		return image.CheckResult{}, image.Wrap("open", opt.Name, err)
+	}
+	c := newChecker(ctx, s, h, what)
+	err = c.check()
+	return c.res, image.Wrap("check", opt.Name, err)
+}
+
 // Check verifies the structure of the image without changing it. It takes one
 // byte of memory per cluster. An error means that the check came to no end.
 //
 // An image that is open for writing is committed first, and requests wait
 // until the check is over. Clusters that were freed lately may then be leaks.
+// An open image is not repaired.
 func (im *Image) Check(ctx context.Context, opt image.CheckOptions) (image.CheckResult, error) {
-	c := &checker{im: im, ctx: ctx, opt: opt, blockNo: -1}
+	if opt.Repair != image.RepairNothing {
+		return image.CheckResult{}, image.Wrap("check", im.name, errors.ErrUnsupported)
+	}
 	if im.writer == nil {
 		v, err := im.epochs.enter()
 		if err != nil {
-			return c.res, err
+			return image.CheckResult{}, err
 		}
 		defer v.leave()
 	} else {
 		if err := im.epochs.freeze(); err != nil {
-			return c.res, err
+			return image.CheckResult{}, err
 		}
 		defer im.epochs.thaw()
 		if err := im.writer.commit.commit(); err != nil {
-			return c.res, image.Wrap("check", im.name, err)
+			return image.CheckResult{}, image.Wrap("check", im.name, err)
 		}
 	}
-	if err := c.check(); err != nil {
-		return c.res, image.Wrap("check", im.name, err)
+	h, err := readHeader(im.store)
+	if err != nil {
+		return image.CheckResult{CheckErrors: 1}, image.Wrap("check", im.name, err)
 	}
-	return c.res, nil
+	c := newChecker(ctx, im.store, h, opt)
+	err = c.check()
+	return c.res, image.Wrap("check", im.name, err)
 }
 
 func (c *checker) check() error {
-	l1, refTable, err := c.references()
-	if err != nil {
+	if err := c.load(); err != nil {
 		return err
 	}
-	last, err := c.compare(refTable)
-	if err != nil {
+	if err := c.walk(); err != nil {
 		return err
 	}
-	if err := c.checkCopied(l1, refTable); err != nil {
+	if err := c.settle(); err != nil {
 		return err
 	}
-	c.res.ImageEndOffset = (last + 1) << c.im.geo.clusterBits
+	if err := c.checkCopied(); err != nil {
+		return err
+	}
+	c.res.ImageEndOffset = (c.last + 1) << c.g.clusterBits
 	c.progress(c.total - c.done)
-	return nil
+	return c.clean()
 }
 
-// references counts the references to each cluster.
-func (c *checker) references() (l1, refTable []uint64, err error) {
-	g := c.im.geo
-	h, err := readHeader(c.im.store)
-	if err != nil {
+// load reads what the header leads to, but for the tables that are walked.
+func (c *checker) load() (err error) {
+	h := c.h
+	c.res.TotalClusters = c.g.clusters(h.diskSize())
+	if c.size, err = c.store.Size(); err != nil {
 		c.res.CheckErrors++
-		return nil, nil, err
+		return err
 	}
-	c.h = h
-	if c.size, err = c.im.store.Size(); err != nil {
+	if err := h.checkTable("snapshot table", h.snapshotOffset, uint64(h.snapshotCount), snapshotFixed, snapshotFixed*maxSnapshots); err != nil {
 		c.res.CheckErrors++
-		return nil, nil, err
+		c.report(false, "ERROR %v", err)
+		return err
+	}
+	if c.snapshots, err = readSnapshots(c.store, h); err != nil {
+		c.res.CheckErrors++
+		c.report(false, "ERROR failed to read the snapshot table: %v", err)
+		return err
+	}
+	if h.autoclear&autoclearBitmaps == 0 {
+		return nil
+	}
+	if c.bitmaps, err = readBitmaps(c.store, h, nil); err == nil {
+		return nil
+	}
+	c.res.Corruptions++
+	if c.opt.Repair != image.RepairAll || !errors.Is(err, image.ErrCorrupt) {
+		return err
+	}
+	return c.dropBitmaps(err)
+}
+
+// walk counts all references.
+func (c *checker) walk() (err error) {
+	g, h := c.g, c.h
+	if c.size, err = c.store.Size(); err != nil {
+		c.res.CheckErrors++
+		return err
 	}
 	c.clusters = g.clusters(c.size)
 	if c.clusters > maxCheckedClusters {
 		c.res.CheckErrors++
-		return nil, nil, fmt.Errorf("%d clusters: %w", c.clusters, syscall.EFBIG)
+		return fmt.Errorf("%d clusters: %w", c.clusters, syscall.EFBIG)
 	}
-	c.res.TotalClusters = g.clusters(c.im.info.Size)
 	c.refs = newTally(c.clusters + 1)
-	c.total = 2*int64(h.l1Size) + int64(h.refTableClusters)<<(g.clusterBits-3)
-	for i := range c.im.snapshots {
-		c.total += int64(c.im.snapshots[i].l1Size)
+	if c.opt.Repair != image.RepairNothing {
+		c.roles, c.over = newRoleMap(), newRoleMap()
 	}
-
-	for i := range c.im.snapshots {
-		if h.version >= 3 && len(c.im.snapshots[i].extra) < 16 {
-			c.corrupt("ERROR snapshot table entry %d is incomplete", i)
+	c.past, c.pastFrom, c.beyond = 0, math.MaxInt64, math.MaxInt64
+	c.forget()
+	c.total += 2*int64(h.l1Size) + min(int64(h.refTableClusters)<<(g.clusterBits-3), maxRefTableSize/8)
+	for i := range c.snapshots {
+		c.total += int64(c.snapshots[i].l1Size)
+		if h.version >= 3 && len(c.snapshots[i].extra) < snapshotExtra {
+			c.corrupt("%s snapshot table entry %d is incomplete", c.verb("ERROR"), i)
 		}
 	}
-	c.count(0, g.clusterSize)
-	l1, err = c.countL1(int64(h.l1Offset), int64(h.l1Size), true)
-	if err != nil {
-		return nil, nil, err
+	c.count(0, g.clusterSize, roleOther)
+	if c.l1, err = c.countL1(int64(h.l1Offset), int64(h.l1Size), true); err != nil {
+		return err
 	}
 	if err := c.countSnapshots(); err != nil {
-		return nil, nil, err
+		return err
 	}
-	refTable, err = c.countRest()
-	if err != nil {
-		return nil, nil, err
-	}
-	c.countBlocks(refTable)
-	return l1, refTable, nil
+	return c.countRest()
 }
+
+// forget makes that tables are read again.
+func (c *checker) forget() { c.run, c.blockNo = c.run[:0], -1 }
 
 func (c *checker) corrupt(format string, a ...any) {
 	c.res.Corruptions++
@@ -138,7 +218,7 @@ func (c *checker) corrupt(format string, a ...any) {
 }
 
 func (c *checker) report(leak bool, format string, a ...any) {
-	if c.opt.Report != nil {
+	if c.opt.Report != nil && !c.quiet {
 		c.opt.Report(image.Finding{Leak: leak, Text: fmt.Sprintf(format, a...)})
 	}
 }
@@ -149,307 +229,34 @@ func (c *checker) progress(n int64) {
 	}
 }
 
-// count adds a reference to all clusters that n bytes at off touch.
-func (c *checker) count(off, n int64) {
-	g := c.im.geo
-	if n <= 0 {
-		return
-	}
-	// The last cluster of a store may not be written out in full.
-	if off < 0 || off > math.MaxInt64-n || off+n-c.size >= g.clusterSize {
-		c.corrupt("ERROR: counting reference for region exceeding the end of the file by one cluster or more: offset 0x%x size 0x%x", uint64(off), uint64(n))
-		return
-	}
-	last := (off + n - 1) >> g.clusterBits
-	if last >= c.clusters {
-		c.clusters = last + 1
-		c.refs.grow(c.clusters)
-	}
-	for k := off >> g.clusterBits; k <= last; k++ {
-		refs := c.refs.get(k)
-		if refs == maxRefcount(g.refcountOrder) {
-			c.corrupt("ERROR: overflow cluster offset=0x%x\n"+
-				"Use qemu-img amend to increase the refcount entry width or qemu-img convert to create a clean copy if the image cannot be opened for writing", k<<g.clusterBits)
-			continue
-		}
-		c.refs.set(k, refs+1)
-	}
-}
+// A comparison says what is done where a stored count is not the one of the
+// references.
+type comparison uint8
 
-// readWords reads a table of n words. What is past the end is zeros.
-func (c *checker) readWords(at, n int64) ([]uint64, error) {
-	w := make([]uint64, n)
-	buf := make([]byte, min(n*8, checkRun))
-	for i := int64(0); i < n; {
-		b := buf[:min(int64(len(buf)), (n-i)*8)]
-		m, err := c.im.store.ReadAt(b, at+i*8)
-		if err != nil && !errors.Is(err, io.EOF) {
-			return nil, err
-		}
-		clear(b[m:])
-		for ; len(b) > 0; b = b[8:] {
-			w[i] = binary.BigEndian.Uint64(b)
-			i++
-		}
-	}
-	return w, nil
-}
+const (
+	compareOnly  comparison = iota // it is reported
+	compareTake                    // and the stored count takes the place of the references
+	compareRight                   // the count is put right if that is to be repaired, else as above
+)
 
-// table returns L2 table i of an L1 table. It reads those that follow on the
-// store as well, if they do in the table.
-func (c *checker) table(l1 []uint64, i int) ([]byte, error) {
-	size := c.im.geo.clusterSize
-	at := l1Entry(l1[i]).host()
-	if at < c.runAt || at+size > c.runAt+int64(len(c.run)) || (at-c.runAt)%size != 0 {
-		n := size
-		for j := i + 1; j < len(l1) && n < checkRun && l1Entry(l1[j]).host() == at+n; j++ {
-			n += size
-		}
-		if int64(cap(c.run)) < n {
-			c.run = make([]byte, n)
-		}
-		c.run, c.runAt = c.run[:n], at
-		m, err := c.im.store.ReadAt(c.run, at)
-		if err != nil && !errors.Is(err, io.EOF) {
-			c.run = c.run[:0]
-			return nil, err
-		}
-		clear(c.run[m:])
-	}
-	return c.run[at-c.runAt:][:size], nil
-}
-
-// countL1 counts the references of an L1 table and its L2 tables.
-func (c *checker) countL1(at, n int64, active bool) ([]uint64, error) {
-	if n == 0 {
-		return nil, nil
-	}
-	g := c.im.geo
-	c.count(at, n*8)
-	l1, err := c.readWords(at, n)
-	if err != nil {
-		c.res.CheckErrors++
-		c.report(false, "ERROR: I/O error in check_refcounts_l1")
-		return nil, err
-	}
-	for i, w := range l1 {
-		c.progress(1)
-		if w == 0 {
-			continue
-		}
-		if err := c.ctx.Err(); err != nil {
-			return nil, err
-		}
-		e := l1Entry(w)
-		if e.reserved() != 0 {
-			c.corrupt("ERROR found L1 entry with reserved bits set: %x", w)
-		}
-		c.count(e.host(), g.clusterSize)
-		if g.within(e.host()) != 0 {
-			c.corrupt("ERROR l2_offset=%x: Table is not cluster aligned; L1 entry corrupted", e.host())
-		}
-		t, err := c.table(l1, i)
-		if err != nil {
-			c.res.CheckErrors++
-			c.report(false, "ERROR: I/O error in check_refcounts_l2")
-			return nil, err
-		}
-		c.countL2(t, active)
-	}
-	return l1, nil
-}
-
-// countL2 counts the references of an L2 table. The active ones are also what
-// the figures about fragments are of.
-func (c *checker) countL2(t []byte, active bool) {
-	g := c.im.geo
-	var next int64 // where the next cluster lies if there is no fragment
-	for i := range len(t) / 8 / int(g.entryWords) {
-		e, b := entryOf(t, i, g.entryWords)
-		if e == 0 && b == 0 {
-			continue
-		}
-		kind := g.kind(e)
-		if kind != clusterCompressed && e.reserved() != 0 {
-			c.corrupt("ERROR found l2 entry with reserved bits set: %x", uint64(e))
-		}
-		switch kind {
-		case clusterCompressed:
-			c.countCompressed(i, e, b, active)
-		case clusterZeroAlloc, clusterData:
-			host := e.host()
-			if g.extended && b.conflict() {
-				c.corrupt("ERROR offset=%x: Allocated cluster has corrupted subcluster allocation bitmap", host)
-			}
-			if g.within(host) != 0 {
-				if kind == clusterZeroAlloc || g.extended && b.allocated() == 0 {
-					c.corrupt("ERROR offset=%x: Preallocated cluster is not properly aligned; L2 entry corrupted.", host)
-				} else {
-					c.corrupt("ERROR offset=%x: Data cluster is not properly aligned; L2 entry corrupted.", host)
-				}
-			}
-			if active {
-				c.res.AllocatedClusters++
-				if next != 0 && host != next {
-					c.res.FragmentedClusters++
-				}
-				next = host + g.clusterSize
-			}
-			if !g.dataFile {
-				c.count(host, g.clusterSize)
-			}
-		case clusterUnallocated:
-			if b.allocated() != 0 {
-				c.corrupt("ERROR: Unallocated cluster has non-zero subcluster allocation map")
-			}
-		}
-	}
-}
-
-// entryOf returns entry i of an encoded L2 table.
-func entryOf(t []byte, i int, words uint) (l2Entry, l2Bitmap) {
-	if words == 1 {
-		return l2Entry(binary.BigEndian.Uint64(t[i*8:])), 0
-	}
-	return l2Entry(binary.BigEndian.Uint64(t[i*16:])), l2Bitmap(binary.BigEndian.Uint64(t[i*16+8:]))
-}
-
-func (c *checker) countCompressed(i int, e l2Entry, b l2Bitmap, active bool) {
-	g := c.im.geo
-	host, n := g.compressed(e)
-	if e.copied() {
-		c.corrupt("ERROR: coffset=0x%x: copied flag must never be set for compressed clusters", host)
-		e &^= flagCopied
-	}
-	if g.dataFile {
-		c.corrupt("ERROR compressed cluster %d with data file, entry=0x%x", i, uint64(e))
-		return
-	}
-	if b != 0 {
-		c.corrupt("ERROR compressed cluster %d with non-zero subcluster allocation bitmap, entry=0x%x", i, uint64(e))
-		return
-	}
-	c.count(host, n)
-	if active {
-		c.res.AllocatedClusters++
-		c.res.CompressedClusters++
-		c.res.FragmentedClusters++ // by nature: they begin and end anywhere
-	}
-}
-
-// countSnapshots counts the references of the snapshots and their table.
-func (c *checker) countSnapshots() error {
-	h := c.h
-	if n := len(c.im.snapshots); n > 0 && c.im.geo.dataFile {
-		c.corrupt("ERROR %d snapshots in image with data file", n)
-	}
-	var size int64
-	for i := range c.im.snapshots {
-		sn := &c.im.snapshots[i]
-		size = (size+7)&^7 + snapshotFixed + int64(len(sn.extra)+len(sn.ID)+len(sn.Name))
-		if sn.l1At&uint64(c.im.geo.clusterSize-1) != 0 {
-			c.corrupt("ERROR snapshot %s (%s) l1_offset=%#x: L1 table is not cluster aligned; snapshot table entry corrupted", sn.ID, sn.Name, sn.l1At)
-			continue
-		}
-		if sn.l1Size > maxL1Size/8 {
-			c.corrupt("ERROR snapshot %s (%s) l1_size=%#x: L1 table is too large; snapshot table entry corrupted", sn.ID, sn.Name, sn.l1Size)
-			continue
-		}
-		if _, err := c.countL1(int64(sn.l1At), int64(sn.l1Size), false); err != nil {
-			return err
-		}
-	}
-	c.count(int64(h.snapshotOffset), size)
-	return nil
-}
-
-// countRest counts the references of the header to everything else, and
-// returns the refcount table.
-func (c *checker) countRest() ([]uint64, error) {
-	g, h := c.im.geo, c.h
-	n := int64(h.refTableClusters) << g.clusterBits
-	c.count(int64(h.refTableOffset), n)
-	refTable, err := c.readWords(int64(h.refTableOffset), n/8)
-	if err != nil {
-		c.res.CheckErrors++
-		return nil, fmt.Errorf("refcount table at %#x: %w", h.refTableOffset, err)
-	}
-	if x := h.extension(extCrypto); len(x) == 16 {
-		c.count(int64(binary.BigEndian.Uint64(x)), int64(binary.BigEndian.Uint64(x[8:])))
-	}
-	return refTable, c.countBitmaps()
-}
-
-func (c *checker) countBitmaps() error {
-	h := c.h
-	x, err := h.bitmapsExtension()
-	if err != nil || x.count == 0 || h.autoclear&autoclearBitmaps == 0 {
-		return err
-	}
-	c.count(int64(x.offset), int64(x.size))
-	for i := range c.im.bitmaps {
-		b := &c.im.bitmaps[i]
-		c.count(int64(b.tableAt), int64(b.tableSize)*8)
-		table, err := c.readWords(int64(b.tableAt), int64(b.tableSize))
-		if err != nil {
-			c.res.Corruptions++
-			return fmt.Errorf("table of bitmap %q at %#x: %w", b.name, b.tableAt, err)
-		}
-		for _, w := range table {
-			switch e := bitmapTableEntry(w); {
-			case e.reserved() != 0 || c.im.geo.within(e.host()) != 0:
-				c.res.Corruptions++
-			case e.host() != 0:
-				c.count(e.host(), c.im.geo.clusterSize)
-			}
-		}
-	}
-	return nil
-}
-
-// countBlocks counts the references of the refcount table, each of which has
-// to be the only one to its block.
-func (c *checker) countBlocks(refTable []uint64) {
-	g := c.im.geo
-	for i, w := range refTable {
-		e := refTableEntry(w)
-		cluster := int64(uint64(e.host()) >> g.clusterBits)
-		switch {
-		case e.reserved() != 0:
-			c.corrupt("ERROR refcount table entry %d has reserved bits set", i)
-			continue
-		case g.within(e.host()) != 0:
-			c.corrupt("ERROR refcount block %d is not cluster aligned; refcount table entry corrupted", i)
-			continue
-		case cluster >= c.clusters:
-			c.corrupt("ERROR refcount block %d is outside image", i)
-			continue
-		case e.host() == 0:
-			continue
-		}
-		c.count(e.host(), g.clusterSize)
-		if n := c.refs.get(cluster); n != 1 {
-			c.corrupt("ERROR refcount block %d refcount=%d", i, n)
-		}
-	}
-}
-
-// compare compares references with stored counts, and puts the counts in
-// their place. It returns the last cluster that has either.
-func (c *checker) compare(refTable []uint64) (last int64, err error) {
-	g := c.im.geo
+// compare compares references with stored counts.
+func (c *checker) compare(how comparison) error {
+	g := c.g
+	c.last = 0
 	for k := int64(0); k < c.clusters; {
 		if err := c.ctx.Err(); err != nil {
-			return 0, err
+			return err
 		}
 		no := k >> g.refBlockBits
 		end := min(c.clusters, (no+1)<<g.refBlockBits)
-		block, err := c.refBlock(refTable, no)
+		block, err := c.refBlock(no)
 		if block == nil && err == nil {
 			k = min(end, c.refs.skip(k)) // where there are neither
 		}
+		dirty := false
 		for ; k < end; k++ {
 			if err != nil {
+				c.broken = true
 				c.res.CheckErrors++
 				c.report(false, "Can't get refcount for cluster %d: %s", k, reason(err))
 				continue
@@ -460,31 +267,57 @@ func (c *checker) compare(refTable []uint64) (last int64, err error) {
 			}
 			refs := c.refs.get(k)
 			if stored > 0 || refs > 0 {
-				last = k
+				c.last = k
 			}
-			switch {
-			case stored == refs:
+			if stored == refs {
 				continue
-			case stored < refs:
+			}
+			if c.made.get(k) != roleNone && stored < refs {
+				// The repair's own work is not what was wrong.
+				c.uncounted, c.broken = true, c.broken || block == nil
+				if how == compareRight {
+					setRefcount(block, k&(1<<g.refBlockBits-1), g.refcountOrder, refs)
+					dirty = true
+				}
+				continue
+			}
+			if how == compareRight && c.mends(stored > refs) {
+				c.fixed(stored > refs)
+				c.report(stored > refs, "Repairing cluster %d refcount=%d reference=%d", k, stored, refs)
+				setRefcount(block, k&(1<<g.refBlockBits-1), g.refcountOrder, refs)
+				dirty = true
+				continue
+			}
+			if stored < refs {
 				c.corrupt("ERROR cluster %d refcount=%d reference=%d", k, stored, refs)
-			default:
+				// In a block that is there any count can be put right, but
+				// qemu-img -r leaks does not go on where one is missing.
+				c.broken = c.broken || block == nil || stored == 0 && c.opt.Repair == image.RepairLeaks
+			} else {
 				c.res.Leaks++
 				c.report(true, "Leaked cluster %d refcount=%d reference=%d", k, stored, refs)
 			}
-			c.refs.set(k, stored)
+			if how != compareOnly {
+				c.refs.set(k, stored)
+			}
+		}
+		if dirty {
+			if err := c.store.WriteAt(block, refTableEntry(c.refTable[no]).host(), 0); err != nil {
+				return fmt.Errorf("refcount block %d: %w", no, err)
+			}
 		}
 	}
-	c.progress(int64(len(refTable)))
-	return last, nil
+	c.progress(int64(len(c.refTable)))
+	return nil
 }
 
 // refBlock returns a refcount block, nil if there is none.
-func (c *checker) refBlock(refTable []uint64, no int64) ([]byte, error) {
-	g := c.im.geo
-	if no >= int64(len(refTable)) {
+func (c *checker) refBlock(no int64) ([]byte, error) {
+	g := c.g
+	if no >= int64(len(c.refTable)) {
 		return nil, nil
 	}
-	host := refTableEntry(refTable[no]).host()
+	host := refTableEntry(c.refTable[no]).host()
 	switch {
 	case host == 0:
 		return nil, nil
@@ -497,7 +330,7 @@ func (c *checker) refBlock(refTable []uint64, no int64) ([]byte, error) {
 		c.block = make([]byte, g.clusterSize)
 	}
 	c.blockNo = -1
-	n, err := c.im.store.ReadAt(c.block, host)
+	n, err := c.store.ReadAt(c.block, host)
 	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, err
 	}
@@ -516,18 +349,18 @@ func reason(err error) string {
 
 // stored returns the stored count of a cluster, and whether it is known. The
 // counts of what was looked at are at hand.
-func (c *checker) stored(refTable []uint64, cluster int64) (uint64, bool) {
-	g := c.im.geo
+func (c *checker) stored(cluster int64) (uint64, bool) {
+	g := c.g
 	no := cluster >> g.refBlockBits
-	if no < int64(len(refTable)) {
-		if host := refTableEntry(refTable[no]).host(); host < 0 || g.within(host) != 0 {
+	if no < int64(len(c.refTable)) {
+		if host := refTableEntry(c.refTable[no]).host(); host < 0 || g.within(host) != 0 {
 			return 0, false
 		}
 	}
 	if cluster < c.clusters {
 		return c.refs.get(cluster), true
 	}
-	block, err := c.refBlock(refTable, no)
+	block, err := c.refBlock(no)
 	if err != nil {
 		return 0, false
 	}
@@ -538,9 +371,10 @@ func (c *checker) stored(refTable []uint64, cluster int64) (uint64, bool) {
 }
 
 // checkCopied looks whether the copied flags say what the counts do.
-func (c *checker) checkCopied(l1, refTable []uint64) error {
-	g := c.im.geo
-	for i, w := range l1 {
+func (c *checker) checkCopied() error {
+	right := c.rightsCopied()
+	var wrong span
+	for i, w := range c.l1 {
 		c.progress(1)
 		e := l1Entry(w)
 		if e.host() == 0 {
@@ -549,32 +383,58 @@ func (c *checker) checkCopied(l1, refTable []uint64) error {
 		if err := c.ctx.Err(); err != nil {
 			return err
 		}
-		n, ok := c.stored(refTable, e.host()>>g.clusterBits)
+		n, ok := c.stored(e.host() >> c.g.clusterBits)
 		if !ok {
 			continue
 		}
-		if (n == 1) != e.copied() {
-			c.corrupt("ERROR OFLAG_COPIED L2 cluster: l1_index=%d l1_entry=%x refcount=%d", i, w, n)
+		if (n == 1) != e.copied() && c.flag(right && c.ownWord(int64(c.h.l1Offset)+int64(i)*8) && !c.shared(e.host(), n), "L2 cluster: l1_index=%d l1_entry=%x refcount=%d", i, w, n) {
+			c.l1[i] ^= flagCopied
+			wrong.add(int64(i)*8, 8)
 		}
-		t, err := c.table(l1, i)
+		t, err := c.table(c.l1, i)
 		if err != nil {
 			c.res.CheckErrors++
 			c.report(false, "ERROR: I/O error in check_oflag_copied: %s", reason(err))
 			return err
 		}
-		for j := range len(t) / 8 / int(g.entryWords) {
-			e, _ := entryOf(t, j, g.entryWords)
-			if kind := g.kind(e); kind != clusterData && kind != clusterZeroAlloc {
-				continue
-			}
-			n, ok := uint64(1), true
-			if !g.dataFile {
-				n, ok = c.stored(refTable, e.host()>>g.clusterBits)
-			}
-			if ok && (n == 1) != e.copied() {
-				c.corrupt("ERROR OFLAG_COPIED data cluster: l2_entry=%x refcount=%d", uint64(e), n)
-			}
+		if err := c.checkCopiedL2(t, e.host(), right && c.ownTable(e.host())); err != nil {
+			return err
 		}
 	}
-	return nil
+	return c.writeL1(int64(c.h.l1Offset), c.l1, wrong)
+}
+
+func (c *checker) checkCopiedL2(t []byte, at int64, right bool) error {
+	g := c.g
+	var wrong span
+	for i := range len(t) / 8 / int(g.entryWords) {
+		e, _ := entryOf(t, i, g.entryWords)
+		if kind := g.kind(e); kind != clusterData && kind != clusterZeroAlloc {
+			continue
+		}
+		n, ok := uint64(1), true
+		if !g.dataFile {
+			n, ok = c.stored(e.host() >> g.clusterBits)
+		}
+		if !ok || (n == 1) == e.copied() {
+			continue
+		}
+		if c.flag(right && (g.dataFile || !c.shared(e.host(), n)), "data cluster: l2_entry=%x refcount=%d", uint64(e), n) {
+			off := int64(i) * 8 * int64(g.entryWords)
+			binary.BigEndian.PutUint64(t[off:], uint64(e)^flagCopied)
+			wrong.add(off, 8)
+		}
+	}
+	return c.writeTable(at, t, wrong)
+}
+
+// flag reports a copied flag that is wrong, and whether it is to be put right.
+func (c *checker) flag(right bool, format string, a ...any) bool {
+	if right {
+		c.res.CorruptionsFixed++
+		c.report(false, "Repairing OFLAG_COPIED "+format, a...)
+		return true
+	}
+	c.corrupt("ERROR OFLAG_COPIED "+format, a...)
+	return false
 }

@@ -273,6 +273,7 @@ const (
 	forReading purpose = iota
 	forWriting
 	forChecking
+	forRepair
 )
 
 // check returns why an image with this header cannot be used. All sizes are
@@ -296,13 +297,15 @@ func (h *header) check(p purpose) error {
 	if err := h.checkCompression(); err != nil {
 		return err
 	}
-	if h.refTableClusters == 0 && p != forChecking {
+	if h.refTableClusters == 0 && p < forChecking {
 		return corrupt("Image does not contain a reference count table")
 	}
-	if err := h.checkTable("Reference count table", h.refTableOffset, uint64(h.refTableClusters), 1<<h.clusterBits, maxRefTableSize); err != nil {
-		return err
+	if p != forRepair {
+		if err := h.checkRefTable(); err != nil {
+			return err
+		}
 	}
-	if p != forChecking {
+	if p < forChecking {
 		if err := h.checkTable("Snapshot table", h.snapshotOffset, uint64(h.snapshotCount), snapshotFixed, snapshotFixed*maxSnapshots); err != nil {
 			return err
 		}
@@ -319,6 +322,10 @@ func (h *header) check(p purpose) error {
 		return corrupt("L1 table is too small")
 	}
 	return h.checkExtensions()
+}
+
+func (h *header) checkRefTable() error {
+	return h.checkTable("Reference count table", h.refTableOffset, uint64(h.refTableClusters), 1<<h.clusterBits, maxRefTableSize)
 }
 
 func (h *header) checkCompression() error {

@@ -22,6 +22,7 @@ func Format() image.Format {
 			return Open(ctx, s, opt)
 		},
 		Inspect:      inspect,
+		Check:        check,
 		Create:       create,
 		CreateParams: createParams(),
 		Journal:      true,

@@ -1,174 +1,129 @@
 package qcow2
 
 import (
-	"context"
 	"encoding/binary"
 	"fmt"
-
-	"github.com/imgnbd/imgnbd/image"
+	"iter"
+	"syscall"
 )
 
-// rebuild makes the refcounts of a dirty image, and the copied flags that
-// follow from them, from the references that there are. The dirty bit is taken
-// off last, so a rebuild that is cut short is begun again.
-func (im *Image) rebuild(ctx context.Context) error {
-	var found []string
-	c := &checker{im: im, ctx: ctx, blockNo: -1, opt: image.CheckOptions{Report: func(f image.Finding) {
-		if !f.Leak {
-			found = append(found, f.Text)
+// refTableSpan yields the clusters of the refcount table.
+func (h *header) refTableSpan() iter.Seq[int64] {
+	first := int64(h.refTableOffset >> h.clusterBits)
+	return func(yield func(int64) bool) {
+		for k := first; k < first+int64(h.refTableClusters) && h.checkRefTable() == nil; k++ {
+			if !yield(k) {
+				return
+			}
 		}
-	}}}
-	l1, _, err := c.references()
-	if err == nil && len(found) > 0 {
-		err = &image.Hint{Err: corrupt("%s", found[0]), Advice: "run qemu-img check -r all on it, or open it read-only"}
 	}
-	if err == nil {
-		err = im.storeCounts(c)
-	}
-	if err == nil {
-		err = im.storeCopied(c, l1)
-	}
-	if err == nil {
-		err = clearDirty(im)
-	}
-	if err != nil {
-		return fmt.Errorf("rebuilding the refcounts of an image that was not closed properly: %w", err)
-	}
-	return nil
 }
 
-// storeCounts makes each refcount the number of references.
-func (im *Image) storeCounts(c *checker) error {
-	g := im.geo
-	end := int64(1) << (56 - g.clusterBits)
-	if im.store.Info().FixedSize {
-		end = c.size >> g.clusterBits
+// rebuild makes a new refcount table with new blocks, where nothing refers to.
+// The old ones stay as they are until the header names the new table, which
+// counts them as free. errors is how many parts could not be checked for other
+// reasons than the old structure.
+func (c *checker) rebuild(errors int64) error {
+	g := c.g
+	c.report(false, "Rebuilding refcount structure")
+	leaks := c.res.Leaks
+	c.old, c.anew = c.roles, true
+	if err := c.recount(); err != nil {
+		return err
 	}
-	refs, err := openRefcounts(im.store, g, int64(c.h.refTableOffset), int64(c.h.refTableClusters), end, new(defects))
+	c.anew = false
+	c.res.LeaksFixed += leaks
+	c.res.CheckErrors = errors
+
+	first, tableClusters, groups, err := c.place()
 	if err != nil {
 		return err
 	}
-	refs.remade = true
-	// First those that have a place.
-	var homeless []int64
-	for k := int64(0); k < max(c.clusters, refs.coverable()); k++ {
-		n := c.refs.get(k)
-		switch blk := k >> g.refBlockBits; {
-		case blk < int64(len(refs.table)) && refs.table[blk] != 0:
-			if err := refs.put(k, n); err != nil {
-				return err
-			}
-		case n > 0:
-			homeless = append(homeless, k)
-		}
-		if len(refs.dirty) >= maxCountSectors {
-			if err := refs.writeCounts(); err != nil {
-				return err
-			}
-		}
-	}
-	a := newAllocator(c.clusters, c.clusters, c.clusters)
-	a.limit = max(a.tail, refs.covered(a.tail))
-	for _, k := range homeless {
-		if err := refs.cover(a, k); err != nil {
+	n := tableClusters + int64(len(groups))
+	c.count(first<<g.clusterBits, n<<g.clusterBits, roleOther)
+	c.refTable = make([]uint64, tableClusters<<(g.clusterBits-3))
+	block := make([]byte, g.clusterSize)
+	for i, group := range groups {
+		if err := c.ctx.Err(); err != nil {
 			return err
 		}
-		if err := refs.put(k, c.refs.get(k)); err != nil {
-			return err
-		}
-	}
-	b := refs.cut()
-	if err := refs.writeCounts(); err != nil {
-		return err
-	}
-	if err := im.store.Sync(); err != nil {
-		return err
-	}
-	if err := refs.link(&b, im.store.Sync); err != nil {
-		return err
-	}
-	return im.store.Sync()
-}
-
-// put makes the count of c what it should be.
-func (r *refcounts) put(c int64, n uint64) error {
-	s, err := r.sector(c)
-	if err != nil {
-		return err
-	}
-	i := c % r.perSector()
-	if n > maxRefcount(r.g.refcountOrder) {
-		return corrupt("host cluster %#x has %d references, more than can be counted", c<<r.g.clusterBits, n)
-	}
-	if refcount(s.data[:], i, r.g.refcountOrder) == n {
-		return nil
-	}
-	setRefcount(s.data[:], i, r.g.refcountOrder, n)
-	r.soil(c, s)
-	return nil
-}
-
-// storeCopied sets the copied flags of the active tables where there is one
-// reference, and clears them elsewhere.
-func (im *Image) storeCopied(c *checker, l1 []uint64) error {
-	g := im.geo
-	flag := func(w uint64, host int64) uint64 {
-		w &^= flagCopied
-		if g.dataFile || c.refs.get(host>>g.clusterBits) == 1 {
-			w |= flagCopied
-		}
-		return w
-	}
-	for i, w := range l1 {
-		host := l1Entry(w).host()
-		if host == 0 {
-			continue
-		}
-		now := w &^ flagCopied
-		if c.refs.get(host>>g.clusterBits) == 1 {
-			now |= flagCopied
-		}
-		if now != w {
-			var b [8]byte
-			binary.BigEndian.PutUint64(b[:], now)
-			if err := im.store.WriteAt(b[:], int64(c.h.l1Offset)+int64(i)*8, 0); err != nil {
-				return fmt.Errorf("L1 table at %#x: %w", c.h.l1Offset, err)
-			}
-			im.mapping.l1[i].Store(now)
-		}
-		t, err := c.table(l1, i)
-		if err != nil {
-			return fmt.Errorf("L2 table at %#x: %w", host, err)
-		}
-		changed := false
-		for j := range len(t) / 8 / int(g.entryWords) {
-			e, _ := entryOf(t, j, g.entryWords)
-			if kind := g.kind(e); kind != clusterData && kind != clusterZeroAlloc {
+		at := (first + tableClusters + int64(i)) << g.clusterBits
+		c.refTable[group] = uint64(at)
+		clear(block)
+		for k := range int64(1) << g.refBlockBits {
+			refs := c.refs.get(group<<g.refBlockBits + k)
+			if refs == 0 {
 				continue
 			}
-			if now := flag(uint64(e), e.host()); now != uint64(e) {
-				binary.BigEndian.PutUint64(t[j*8*int(g.entryWords):], now)
-				changed = true
-			}
+			setRefcount(block, k, g.refcountOrder, refs)
+			c.last = max(c.last, group<<g.refBlockBits+k)
 		}
-		if changed {
-			if err := im.store.WriteAt(t, host, 0); err != nil {
-				return fmt.Errorf("L2 table at %#x: %w", host, err)
-			}
+		if err := c.store.WriteAt(block, at, 0); err != nil {
+			return fmt.Errorf("new refcount block at %#x: %w", at, err)
 		}
 	}
-	return im.store.Sync()
+	b := make([]byte, 0, tableClusters<<g.clusterBits)
+	for _, w := range c.refTable {
+		b = binary.BigEndian.AppendUint64(b, w)
+	}
+	if err := c.store.WriteAt(b, first<<g.clusterBits, 0); err != nil {
+		return fmt.Errorf("new refcount table at %#x: %w", first<<g.clusterBits, err)
+	}
+	c.h.refTableOffset, c.h.refTableClusters = uint64(first)<<g.clusterBits, uint32(tableClusters)
+	c.broken = false
+	c.forget()
+	return c.switchHeader(48, 12)
 }
 
-// clearDirty takes the dirty bit off, durably.
-func clearDirty(im *Image) error {
-	var b [8]byte
-	if _, err := im.store.ReadAt(b[:], 72); err != nil {
-		return fmt.Errorf("header: %w", err)
+// place finds room for a refcount table and the blocks behind it. groups are
+// the blocks by number: those with references, and those that count the new
+// structure itself.
+func (c *checker) place() (first, tableClusters int64, groups []int64, err error) {
+	g := c.g
+	used := c.groups()
+	tail, size := c.tail, c.size
+	for n := int64(1); ; {
+		c.tail, c.size = tail, size
+		if first, err = c.alloc(n); err != nil {
+			return 0, 0, nil, err
+		}
+		own, end := first>>g.refBlockBits, (first+n-1)>>g.refBlockBits
+		groups = groups[:0]
+		for _, group := range used {
+			for ; own <= end && own < group; own++ {
+				groups = append(groups, own)
+			}
+			if own == group {
+				own++
+			}
+			groups = append(groups, group)
+		}
+		for ; own <= end; own++ {
+			groups = append(groups, own)
+		}
+		entries := groups[len(groups)-1] + 1
+		if entries > maxRefTableSize/8 {
+			return 0, 0, nil, fmt.Errorf("a refcount table of %d entries: %w", entries, syscall.EFBIG)
+		}
+		tableClusters = g.clusters(entries * 8)
+		need := tableClusters + int64(len(groups))
+		if need <= n {
+			return first, n - int64(len(groups)), groups, nil
+		}
+		n = need
 	}
-	binary.BigEndian.PutUint64(b[:], binary.BigEndian.Uint64(b[:])&^uint64(incompatDirty))
-	if err := im.store.WriteAt(b[:], 72, 0); err != nil {
-		return fmt.Errorf("header: %w", err)
+}
+
+// groups returns the numbers of the refcount blocks that have something to
+// count, ascending.
+func (c *checker) groups() (list []int64) {
+	for k := c.refs.skip(0); k < c.clusters; k = c.refs.skip(k + 1) {
+		if c.refs.get(k) == 0 {
+			continue
+		}
+		group := k >> c.g.refBlockBits
+		list = append(list, group)
+		k = (group+1)<<c.g.refBlockBits - 1
 	}
-	return im.store.Sync()
+	return list
 }

@@ -64,3 +64,47 @@ func (t *tally) skip(k int64) int64 {
 	}
 	return max(k, i<<tallyBits)
 }
+
+// A role says what the references to a cluster are.
+type role uint8
+
+const (
+	roleNone  role = iota
+	roleTable      // of L1 tables to an L2 table, however many
+	roleOther      // one that is none of those
+	roleMixed      // several, not all of them to an L2 table
+)
+
+// A roleMap knows the roles of clusters, in two bits each. Nil knows nothing.
+type roleMap struct {
+	pages map[int64]*[1 << (tallyBits - 2)]uint8
+}
+
+func newRoleMap() *roleMap {
+	return &roleMap{pages: make(map[int64]*[1 << (tallyBits - 2)]uint8)}
+}
+
+func (m *roleMap) get(cluster int64) role {
+	if m == nil || m.pages[cluster>>tallyBits] == nil {
+		return roleNone
+	}
+	k := cluster & (1<<tallyBits - 1)
+	return role(m.pages[cluster>>tallyBits][k/4] >> (k % 4 * 2) & 3)
+}
+
+// add adds a reference.
+func (m *roleMap) add(cluster int64, r role) {
+	if m == nil {
+		return
+	}
+	p := m.pages[cluster>>tallyBits]
+	if p == nil {
+		p = new([1 << (tallyBits - 2)]uint8)
+		m.pages[cluster>>tallyBits] = p
+	}
+	if was := m.get(cluster); was != roleNone && (was != roleTable || r != roleTable) {
+		r = roleMixed
+	}
+	k := cluster & (1<<tallyBits - 1)
+	p[k/4] = p[k/4]&^(3<<(k%4*2)) | uint8(r)<<(k%4*2)
+}
