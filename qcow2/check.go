@@ -243,6 +243,7 @@ const (
 func (c *checker) compare(how comparison) error {
 	g := c.g
 	c.last = 0
+	var nextRef, nextBlock int64 // where there may be some again
 	for k := int64(0); k < c.clusters; {
 		if err := c.ctx.Err(); err != nil {
 			return err
@@ -251,7 +252,13 @@ func (c *checker) compare(how comparison) error {
 		end := min(c.clusters, (no+1)<<g.refBlockBits)
 		block, err := c.refBlock(no)
 		if block == nil && err == nil {
-			k = min(end, c.refs.skip(k)) // where there are neither
+			if nextRef <= k {
+				nextRef = c.refs.skip(k)
+			}
+			if nextBlock <= no {
+				nextBlock = c.blockAfter(no)
+			}
+			k = min(c.clusters, nextRef, nextBlock<<g.refBlockBits)
 		}
 		dirty := false
 		for ; k < end; k++ {
@@ -309,6 +316,17 @@ func (c *checker) compare(how comparison) error {
 	}
 	c.progress(int64(len(c.refTable)))
 	return nil
+}
+
+// blockAfter returns the number of the first refcount block after another.
+func (c *checker) blockAfter(no int64) int64 {
+	for no++; no < int64(len(c.refTable)) && c.refTable[no] == 0; {
+		no++
+	}
+	if no >= int64(len(c.refTable)) {
+		no = c.clusters>>c.g.refBlockBits + 1
+	}
+	return no
 }
 
 // refBlock returns a refcount block, nil if there is none.

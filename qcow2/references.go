@@ -285,6 +285,9 @@ func (c *checker) countBitmaps() error {
 	}
 	c.count(int64(x.offset), int64(x.size), roleOther)
 	for i := range c.bitmaps {
+		if err := c.ctx.Err(); err != nil {
+			return err
+		}
 		b := &c.bitmaps[i]
 		c.count(int64(b.tableAt), int64(b.tableSize)*8, roleOther)
 		table, err := c.readWords(int64(b.tableAt), int64(b.tableSize))

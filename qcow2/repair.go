@@ -104,21 +104,29 @@ func (c *checker) recount() error {
 
 // mend mends all that is not a count or a copied flag.
 func (c *checker) mend() error {
-	changed := false
-	for _, step := range []func() (bool, error){c.grow, c.separate, c.mendEntries, c.mendSnapshots, c.mendBitmaps} {
-		did, err := step()
-		if err != nil {
+	for _, steps := range [][]func() (bool, error){
+		{c.grow, c.separate}, // what is mended then depends on what is whose
+		{c.mendEntries, c.mendSnapshots, c.mendBitmaps},
+	} {
+		changed := false
+		for _, step := range steps {
+			did, err := step()
+			if err != nil {
+				return err
+			}
+			changed = changed || did
+		}
+		if !changed {
+			continue
+		}
+		if err := c.store.Sync(); err != nil {
 			return err
 		}
-		changed = changed || did
+		if err := c.recount(); err != nil {
+			return err
+		}
 	}
-	if !changed {
-		return nil
-	}
-	if err := c.store.Sync(); err != nil {
-		return err
-	}
-	return c.recount()
+	return nil
 }
 
 // growLimit is how far references past the end are believed, in bytes. What

@@ -1,0 +1,265 @@
+package qcow2
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/imgnbd/imgnbd/image"
+	"github.com/imgnbd/imgnbd/internal/test/qemu"
+	"github.com/imgnbd/imgnbd/storage"
+	"github.com/imgnbd/imgnbd/storage/storagetest"
+)
+
+// hardRepairs are damages whose repair takes every path.
+var hardRepairs = map[string]func(e *editor){
+	"counts": func(e *editor) {
+		for c := int64(1); c < 40; c += 3 {
+			e.setCount(c, uint64(c%4))
+		}
+	},
+	"refcount block": func(e *editor) { e.put(e.refTable(0), 0) },
+	"refcount table": func(e *editor) { binary.BigEndian.PutUint32(e.b[56:], 0) },
+	"table is data": func(e *editor) {
+		e.put(e.l2(0, 1), flagCopied|uint64(l1Entry(e.word(e.l1(0))).host()))
+		e.put(e.l2(0, 2), flagCopied|e.h.l1Offset)
+		e.put(e.l2(0, 3), flagCopied|e.word(e.refTable(0)))
+	},
+	"entries": func(e *editor) {
+		e.xor(e.l2(0, 0), 1<<58)
+		e.xor(e.l1(1), 1<<58)
+		e.put(e.l2(0, 40), 513)
+		e.put(e.l2(0, 41), e.word(e.l2(0, 0)))
+		e.put(e.l2(0, 30), 0)
+	},
+	"cut off":   func(e *editor) { e.b = e.b[:len(e.b)-40<<12] },
+	"snapshots": func(e *editor) { e.put(int64(e.h.snapshotOffset)+36, 0) },
+	"flags": func(e *editor) {
+		e.xor(e.l1(0), flagCopied)
+		for i := range int64(20) {
+			e.xor(e.l2(0, i), flagCopied)
+		}
+	},
+	"bits": func(e *editor) { e.xor(72, uint64(incompatCorrupt|incompatDirty)); e.put(e.l2(0, 7), 0) },
+}
+
+// repairBase is an image with all that can be damaged.
+func repairBase(t testing.TB) []byte {
+	r := recipe{options: "cluster_size=4k", io: writes, size: "8M"}
+	file := r.make(t)
+	qemu.Img(t, "snapshot", "-c", "first", file)
+	qemu.IO(t, "qcow2", file, "write -P 0x91 0 60k", "discard 3M 64k", "write -P 0x92 900k 200k")
+	qemu.Img(t, "bitmap", "--add", "-g", "512", file, "fine")
+	qemu.IO(t, "qcow2", file, "write -P 0x93 7M 100k")
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func damaged(t testing.TB, b []byte, change func(e *editor)) []byte {
+	t.Helper()
+	h, err := parseHeader(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := &editor{t, append([]byte(nil), b...), h, newGeometry(h)}
+	change(e)
+	return e.b
+}
+
+func repairStore(s storage.Store, what image.Repair) (image.CheckResult, []string, error) {
+	var findings []string
+	res, err := check(context.Background(), s, image.Options{}, image.CheckOptions{
+		Repair: what,
+		Report: func(f image.Finding) { findings = append(findings, f.Text) },
+	})
+	return res, findings, err
+}
+
+// sound returns an error unless the image can be repaired, is clean then, and
+// reads as before in all three states.
+func soundAfterRepair(t testing.TB, s storage.Store, before guestView) error {
+	if err := before.kept(viewStore(t, s)); err != nil {
+		return fmt.Errorf("before the second repair: %w", err)
+	}
+	if _, findings, err := repairStore(s, image.RepairAll); err != nil {
+		return fmt.Errorf("second repair: %w\n%s", err, strings.Join(findings, "\n"))
+	}
+	res, findings, err := repairStore(s, image.RepairNothing)
+	if err == nil && res.Corruptions+res.Leaks+res.CheckErrors > 0 {
+		err = errors.New(strings.Join(findings, "\n"))
+	}
+	if err != nil {
+		return fmt.Errorf("after the second repair: %w", err)
+	}
+	if err := before.kept(viewStore(t, s)); err != nil {
+		return fmt.Errorf("after the second repair: %w", err)
+	}
+	return nil
+}
+
+// repairStores are the kinds of store that an image is repaired on.
+var repairStores = map[string]storage.Info{
+	"file":   {NewReadsZero: true},
+	"device": {FixedSize: true},
+}
+
+// onStore returns what a store of that kind holds: a device has room behind
+// the image, full of other bytes.
+func onStore(b []byte, info storage.Info) []byte {
+	if info.FixedSize {
+		for range 64 << 12 {
+			b = append(b, 0xa5)
+		}
+	}
+	return b
+}
+
+func TestRepairPowerCut(t *testing.T) {
+	qemu.Require(t, "qemu-img", "qemu-io")
+	base := repairBase(t)
+	samples := 2
+	if testing.Short() {
+		samples = 1
+	}
+	for name, change := range hardRepairs {
+		for kind, info := range repairStores {
+			if name == "cut off" && info.FixedSize {
+				continue // a device cannot grow
+			}
+			t.Run(name+"/"+kind, func(t *testing.T) {
+				t.Parallel()
+				b := onStore(damaged(t, base, change), info)
+				before := viewStore(t, storagetest.MemOf(b))
+				log := new(storagetest.Log)
+				store := log.NewStore(b, info)
+				if res, findings, err := repairStore(store, image.RepairAll); err != nil || res.CorruptionsFixed+res.LeaksFixed == 0 && name != "bits" {
+					t.Fatal(res, findings, err)
+				}
+				if err := soundAfterRepair(t, storagetest.MemOf(store.Bytes()), before); err != nil {
+					t.Fatal(err)
+				}
+				rnd := rand.New(rand.NewPCG(1, 2))
+				disk := log.NewDisk(rnd)
+				events := log.Events()
+				for i, e := range events {
+					disk.Step(e)
+					for range samples {
+						if err := soundAfterRepair(t, storagetest.MemOf(disk.Crash()[0]), before); err != nil {
+							t.Fatalf("power cut after event %d of %d: %v", i, len(events), err)
+						}
+					}
+				}
+				if err := soundAfterRepair(t, storagetest.MemOf(disk.Cache(0)), before); err != nil {
+					t.Fatal(err)
+				}
+			})
+		}
+	}
+}
+
+// TestRepairFaults fails each operation of a repair once. The repair says so,
+// unless it can do without, and one that comes later succeeds.
+func TestRepairFaults(t *testing.T) {
+	qemu.Require(t, "qemu-img", "qemu-io")
+	base := repairBase(t)
+	for name, change := range hardRepairs {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := damaged(t, base, change)
+			before := viewStore(t, storagetest.MemOf(b))
+			for k := 1; ; k++ {
+				mem := storagetest.MemOf(b)
+				fail := storagetest.Failure{Err: []error{syscall.EIO, syscall.ENOSPC}[k%2], Done: int64(k % 3 * 512)}
+				faulty := storagetest.Fault(mem, storagetest.Nth(storagetest.OpAny, k, fail))
+				res, findings, err := repairStore(faulty, image.RepairAll)
+				if len(faulty.Injected()) == 0 {
+					if k < 10 {
+						t.Errorf("%d operations", k)
+					}
+					return
+				}
+				if err == nil && res.CheckErrors == 0 && !strings.Contains(strings.Join(findings, "\n"), "Rebuilding") {
+					t.Fatalf("%v was not noticed: %+v\n%s", faulty.Injected(), res, strings.Join(findings, "\n"))
+				}
+				if err := soundAfterRepair(t, mem, before); err != nil {
+					t.Fatalf("after %v: %v", faulty.Injected(), err)
+				}
+			}
+		})
+	}
+}
+
+// FuzzCheckRepair: an image of which a repair says that nothing is wrong any
+// more is clean, and a second repair finds nothing to do. What a guest could
+// read it still can.
+func FuzzCheckRepair(f *testing.F) {
+	for _, b := range seeds() {
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if len(b) > 4<<20 {
+			return
+		}
+		s := storagetest.MemOf(b)
+		before := viewFuzz(t, s)
+		ctx, cancel := context.WithCancel(context.Background())
+		defer cancel()
+		findings := 0
+		what := image.CheckOptions{Repair: image.RepairAll, Report: func(image.Finding) {
+			if findings++; findings > 1<<16 {
+				cancel()
+			}
+		}}
+		said, err := check(ctx, s, image.Options{}, what)
+		if err != nil {
+			if err := before.kept(viewFuzz(t, s)); err != nil {
+				t.Fatalf("a repair that failed: %v", err)
+			}
+			return
+		}
+		if err := before.kept(viewFuzz(t, s)); err != nil {
+			t.Fatal(err)
+		}
+		res, lines, err := repairStore(s, image.RepairNothing)
+		if said.Corruptions > 0 || said.CheckErrors > 0 {
+			return
+		}
+		if err != nil || res.Leaks+res.Corruptions+res.CheckErrors > 0 {
+			t.Fatalf("after a repair that said %+v: %+v, %v\n%s", said, res, err, strings.Join(lines, "\n"))
+		}
+		if res, lines, err := repairStore(s, image.RepairAll); err != nil || res.LeaksFixed+res.CorruptionsFixed > 0 {
+			t.Fatalf("second repair: %+v, %v\n%s", res, err, strings.Join(lines, "\n"))
+		}
+	})
+}
+
+// viewFuzz is the part of a guest's view that takes little time.
+func viewFuzz(t testing.TB, s storage.Store) guestView {
+	v := guestView{}
+	im, err := Open(context.Background(), shared{s}, image.Options{ReadOnly: true})
+	if err != nil {
+		return v
+	}
+	defer im.Close()
+	for off := int64(0); off < min(im.Info().Size, 1<<20); off += 4096 {
+		b := make([]byte, min(4096, im.Info().Size-off))
+		if _, err := im.ReadAt(b, off); err == nil {
+			v[fmt.Sprint(off)] = b
+		}
+	}
+	return v
+}
+
+// shared is a store that stays open.
+type shared struct{ storage.Store }
+
+func (shared) Close() error { return nil }
