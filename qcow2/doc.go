@@ -13,8 +13,10 @@
 //     and replay.go are for the death of the process.
 //   - device: image.go opens an image, read.go serves it, writer.go, write.go
 //     and zero.go change it; compress.go, datafile.go, backing.go, snapshot.go,
-//     bitmap.go, check.go, rebuild.go, create.go and inspect.go are the features
-//     on top.
+//     bitmap.go, create.go and inspect.go are the features on top.
+//   - check: check.go compares with what references.go counts; repair.go puts
+//     it right, in an order of its own, and rebuild.go makes refcounts anew.
+//     They need no open image.
 //
 // The unit of reading is the segment: reads, extents and locations are folds
 // over the segments of a range, so a long read costs one lookup per slice and

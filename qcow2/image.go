@@ -82,6 +82,11 @@ func open(ctx context.Context, s storage.Store, opt image.Options, hooks *hooks)
 	if h.crypt != cryptNone {
 		return nil, errEncrypted
 	}
+	if !opt.ReadOnly && h.incompatible&incompatDirty != 0 {
+		if h, err = repairDirty(ctx, s, h, opt.Warn); err != nil {
+			return nil, err
+		}
+	}
 	im := &Image{header: h, opt: o}
 	f := &files{geo: newGeometry(h), store: s}
 	defer func() {
@@ -106,7 +111,7 @@ func open(ctx context.Context, s storage.Store, opt image.Options, hooks *hooks)
 		return nil, err
 	}
 	if !opt.ReadOnly {
-		if err = im.makeWritable(ctx, &opt, hooks); err != nil {
+		if im.writer, err = newWriter(im.disk, h, im.bitmaps, &opt, hooks); err != nil {
 			im.mapping.close()
 			return nil, err
 		}

@@ -101,15 +101,6 @@ func (r *refcounts) covered(c int64) int64 {
 	return min(c, r.end)
 }
 
-// coverable returns the first cluster behind all refcount blocks.
-func (r *refcounts) coverable() int64 {
-	n := len(r.table)
-	for n > 0 && r.table[n-1] == 0 {
-		n--
-	}
-	return int64(n) << r.g.refBlockBits
-}
-
 // lastUsed returns one more than the last cluster at or above from whose count
 // is not zero; from if there is none.
 func (r *refcounts) lastUsed(from int64) (int64, error) {

@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"syscall"
 
 	"github.com/imgnbd/imgnbd/image"
+	"github.com/imgnbd/imgnbd/storage"
 )
 
 // Repair, and why it is safe at any moment.
@@ -29,6 +31,27 @@ import (
 // snapshotExtra is the extra data that version 3 wants of a snapshot, in bytes:
 // the size of the VM state, and of the disk.
 const snapshotExtra = 16
+
+// repairDirty repairs an image that was not closed properly, as who opens it
+// for writing has to, and returns its header. What cannot be repaired keeps
+// the image dirty, and is of no harm to who knows the counts, which are right.
+func repairDirty(ctx context.Context, s storage.Store, h *header, warn func(string)) (*header, error) {
+	c := newChecker(ctx, s, h, image.CheckOptions{Repair: image.RepairAll})
+	err := c.check()
+	if err == nil && c.res.CheckErrors > 0 {
+		err = syscall.EIO
+	}
+	if err != nil {
+		return nil, fmt.Errorf("Could not repair dirty image: %w", err) // QEMU's words
+	}
+	if warn != nil {
+		warn("the image was not closed properly; its reference counts have been rebuilt")
+		if c.res.Corruptions > 0 {
+			warn(fmt.Sprintf("%d errors in the image could not be repaired", c.res.Corruptions))
+		}
+	}
+	return readHeader(s)
+}
 
 // mends reports whether a kind of fault is to be repaired.
 func (c *checker) mends(leak bool) bool {

@@ -1,7 +1,6 @@
 package qcow2
 
 import (
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -39,23 +38,6 @@ type writer struct {
 	busyLimit int64        // slices that may be dirty before writers wait
 	freed     atomic.Int64 // clusters given up since a commit was last asked for
 	buffers   sync.Pool    // of *[]byte, one cluster each
-}
-
-// makeWritable makes the image ready for changes.
-func (im *Image) makeWritable(ctx context.Context, opt *image.Options, hooks *hooks) (err error) {
-	if im.header.incompatible&incompatDirty != 0 {
-		if err = im.rebuild(ctx); err != nil {
-			return err
-		}
-		if opt.Warn != nil {
-			opt.Warn("the image was not closed properly; its reference counts have been rebuilt")
-		}
-		if im.header, err = readHeader(im.store); err != nil {
-			return err
-		}
-	}
-	im.writer, err = newWriter(im.disk, im.header, im.bitmaps, opt, hooks)
-	return err
 }
 
 // newWriter makes the writing half of d.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 
@@ -29,7 +30,18 @@ func checkCommand() *command {
 	c.flags.BoolVarP(&quiet, "quiet", "q", false, "")
 	o.addForceShare(c.flags)
 	o.addBacking(c.flags)
-	refuseValue(c.flags, "repair", "r", "repair with: qemu-img check -r")
+	var repair image.Repair
+	value(c.flags, "repair", "r", func(s string) error {
+		switch s {
+		case "leaks":
+			repair = image.RepairLeaks
+		case "all":
+			repair = image.RepairAll
+		default:
+			return says("Unknown option value for -r (expecting 'leaks' or 'all'): %s", s)
+		}
+		return nil
+	})
 	c.run = func(u *ui, operands []string) (err error) {
 		file, err := oneImage(operands)
 		if err != nil {
@@ -39,31 +51,33 @@ func checkCommand() *command {
 		if err != nil {
 			return err
 		}
-		t.opt.ReadOnly = true
-		dev, err := t.open(context.Background(), o.chain(u))
-		if err != nil {
-			return err
+		if repair != image.RepairNothing && o.forceShare {
+			return t.failed(says("force-share=on can only be used with read-only images"))
 		}
-		defer func() {
-			if e := dev.Close(); err == nil {
-				err = e
-			}
-		}()
-		checker, ok := image.As[image.Checker](dev)
-		if !ok {
-			return &exit{exitUnsupported, says("This image format does not support checks")}
-		}
-		res, err := checker.Check(context.Background(), image.CheckOptions{
+		chain := o.chain(u)
+		what := image.CheckOptions{
+			Repair: repair,
 			// To qemu-img these are no results.
 			Report: func(f image.Finding) { u.bare(f.Text) },
-		})
+		}
+		res, format, err := t.check(chain, what)
+		if err == nil && res.CorruptionsFixed+res.LeaksFixed > 0 {
+			if !quiet && !form.json {
+				u.printf("The following inconsistencies were found and repaired:\n\n"+
+					"    %d leaked clusters\n    %d corruptions\n\nDouble checking the fixed image now...\n", res.LeaksFixed, res.CorruptionsFixed)
+			}
+			corruptions, leaks := res.CorruptionsFixed, res.LeaksFixed
+			what.Repair = image.RepairNothing
+			res, format, err = t.check(chain, what)
+			res.CorruptionsFixed, res.LeaksFixed = corruptions, leaks
+		}
 		if err != nil {
-			return says("Check failed: %s", strerror(err))
+			return err
 		}
 		switch {
 		case quiet:
 		case form.json:
-			err = u.json(newCheckJSON(t, dev, &res))
+			err = u.json(newCheckJSON(t, format, &res))
 		default:
 			u.printf("%s", checkText(&res))
 		}
@@ -73,6 +87,21 @@ func checkCommand() *command {
 		return checkExit(&res)
 	}
 	return c
+}
+
+// check checks the image once.
+func (t *target) check(c *image.Chain, what image.CheckOptions) (image.CheckResult, string, error) {
+	res, format, err := c.Check(context.Background(), t.name, t.opt, what)
+	at, ok := errors.AsType[*image.Error](err)
+	switch {
+	case errors.Is(err, image.ErrNoCheck):
+		err = &exit{exitUnsupported, says("This image format does not support checks")}
+	case ok && at.Op == "open":
+		err = t.failed(err)
+	case err != nil:
+		err = says("Check failed: %s", strerror(err))
+	}
+	return res, format, err
 }
 
 func checkExit(res *image.CheckResult) error {
@@ -94,7 +123,9 @@ type checkJSON struct {
 	CompressedClusters int64  `json:"compressed-clusters,omitempty"`
 	TotalClusters      int64  `json:"total-clusters,omitempty"`
 	Corruptions        int64  `json:"corruptions,omitempty"`
+	CorruptionsFixed   int64  `json:"corruptions-fixed,omitempty"`
 	CheckErrors        int64  `json:"check-errors"`
+	LeaksFixed         int64  `json:"leaks-fixed,omitempty"`
 	Leaks              int64  `json:"leaks,omitempty"`
 	AllocatedClusters  int64  `json:"allocated-clusters,omitempty"`
 	Filename           string `json:"filename"`
@@ -102,10 +133,10 @@ type checkJSON struct {
 	FragmentedClusters int64  `json:"fragmented-clusters,omitempty"`
 }
 
-func newCheckJSON(t *target, dev image.Device, r *image.CheckResult) checkJSON {
+func newCheckJSON(t *target, format string, r *image.CheckResult) checkJSON {
 	return checkJSON{
-		r.ImageEndOffset, r.CompressedClusters, r.TotalClusters, r.Corruptions, r.CheckErrors, r.Leaks,
-		r.AllocatedClusters, t.given, dev.Info().Format, r.FragmentedClusters,
+		r.ImageEndOffset, r.CompressedClusters, r.TotalClusters, r.Corruptions, r.CorruptionsFixed, r.CheckErrors, r.LeaksFixed, r.Leaks,
+		r.AllocatedClusters, t.given, format, r.FragmentedClusters,
 	}
 }
 

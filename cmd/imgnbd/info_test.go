@@ -152,10 +152,52 @@ func TestInfoOfWhatCannotBeServed(t *testing.T) {
 	}
 }
 
-func TestCheckRepairRefused(t *testing.T) {
-	workplace(t)
-	o := ours("imgnbd", "check", "-r", "all", "disk.qcow2")
-	if o.Code != 1 || !strings.Contains(o.Stderr, "qemu-img check -r") {
+// check -r prints what qemu-img prints, where it does the same, and what
+// qemu-img says of the image afterwards.
+func TestRepairSameAsQEMUImg(t *testing.T) {
+	gallery(t)
+	for _, name := range []string{"disk.qcow2", "base.qcow2", "snapshots.qcow2", "leaks.qcow2", "corrupt-bit.qcow2", "dirty.qcow2", "nonexistent"} {
+		for _, options := range [][]string{
+			{"-r", "leaks"}, {"-r", "all"}, {"-r", "all", "--output=json"}, {"-q", "-r", "all"}, {"-U", "-r", "leaks"},
+		} {
+			before, err := os.ReadFile(name)
+			sameAsImgFrom(t, before, name, append(append([]string{"check"}, options...), name)...)
+			if err != nil {
+				continue
+			}
+			if o := theirs(t, "qemu-img", "check", name); o.Code != 0 && options[0] != "-U" {
+				t.Errorf("%s after %q: %+v", name, options, o)
+			}
+			if err := os.WriteFile(name, before, 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	o := ours("imgnbd", "check", "-r", "some", "disk.qcow2")
+	if want := "Unknown option value for -r (expecting 'leaks' or 'all'): some"; o.Code != 1 || !strings.Contains(o.Stderr, want) {
 		t.Errorf("%+v", o)
+	}
+	// With a new refcount structure the words are others.
+	o = ours("imgnbd", "check", "-r", "all", "--output=json", "wrong.qcow2")
+	if v := theirs(t, "qemu-img", "check", "wrong.qcow2"); o.Code != 0 || v.Code != 0 || !strings.Contains(o.Stdout, `"corruptions-fixed": 1`) {
+		t.Errorf("%+v, then qemu-img: %+v", o, v)
+	}
+}
+
+// sameAsImgFrom is sameAsImg for a command that changes an image, which both
+// begin with as it was.
+func sameAsImgFrom(t *testing.T, before []byte, name string, args ...string) {
+	t.Helper()
+	want := theirs(t, append([]string{"qemu-img"}, args...)...)
+	want.Stderr = strings.ReplaceAll(want.Stderr, "qemu-img: ", "imgnbd: ")
+	if before != nil {
+		if err := os.WriteFile(name, before, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got := ours(append([]string{"imgnbd"}, args...)...)
+	got.Stderr = hintLine.ReplaceAllString(got.Stderr, "")
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("%q, - qemu-img, + ours:\n%s", args, diff)
 	}
 }
