@@ -32,7 +32,6 @@ type refcounts struct {
 	made    []int64         // ranges whose table entry is not known to be durable
 	blank   map[int64]bool  // of those, the ones whose block was never written
 	unknown map[int64]bool  // ranges in made, or in a batch that has not ended
-	remade  bool            // all is made anew under the dirty bit, in any order
 	commit  func() error    // commits everything, for cover
 	grown   *grownTable     // a larger table that the header does not point to yet
 	retry   bool            // a batch failed after it took made: see writeTable
@@ -266,7 +265,7 @@ func (r *refcounts) pending() bool { return len(r.made) > 0 || r.grown != nil }
 // if the block would be counted by another one that may not be linked yet:
 // its own link could then outlive the other's.
 func (r *refcounts) makeBlock(a *allocator, i int64) (bool, error) {
-	if by := a.tail >> r.g.refBlockBits; by != i && r.unknown[by] && !r.remade {
+	if by := a.tail >> r.g.refBlockBits; by != i && r.unknown[by] {
 		return false, nil
 	}
 	return true, r.placeBlock(a, i)

@@ -15,7 +15,7 @@ func TestBlocksWaitForTheirCounters(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	first := r.coverable() // nothing from here on has a count
+	first := r.covered(0) // nothing from here on has a count
 	a := newAllocator(first, first, first)
 	i := first >> g.refBlockBits
 	if made, err := r.makeBlock(a, i); !made || err != nil {
