@@ -212,6 +212,21 @@ func journals(t *testing.T) string {
 	return dir
 }
 
+// loop returns a block device of that size, whose blocks are not zeros.
+func loop(t *testing.T, size int) string {
+	t.Helper()
+	if os.Getuid() != 0 {
+		qemu.Missing(t, "root for loop devices")
+	}
+	file := filepath.Join(t.TempDir(), "device")
+	if err := os.WriteFile(file, []byte(strings.Repeat("foreign\n", size/8)), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	device := strings.TrimSpace(qemu.Run(t, "losetup", "--show", "--find", file))
+	t.Cleanup(func() { qemu.Run(t, "losetup", "--detach", device) })
+	return device
+}
+
 // Killed at any moment, under load and while it takes over from one that was
 // killed, the program loses nothing that it acknowledged, flushed or not; what
 // is left of the image is sound.
@@ -274,6 +289,11 @@ func TestKilled(t *testing.T) {
 		{"backing and subclusters", func(t *testing.T) string {
 			return qemu.Create(t, "qcow2", "extended_l2=on,backing_fmt=raw,backing_file="+filled(t), fmt.Sprint(size))
 		}, base, nil},
+		{"block device", func(t *testing.T) string {
+			device := loop(t, 2*size)
+			qemu.Img(t, "create", "-q", "-f", "qcow2", device, fmt.Sprint(size))
+			return device
+		}, zeros, []string{"--cache=directsync", "--discard=unmap"}},
 		{"compressed", convert("-c"), base, []string{"--discard=unmap"}},
 		{"snapshots", func(t *testing.T) string {
 			file := convert()(t)
