@@ -84,15 +84,6 @@ func (a *arena) retire(w []atomic.Uint64) {
 	}
 }
 
-// release gives back words that nobody else has seen.
-func (a *arena) release(w []atomic.Uint64) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.owns(w) {
-		a.unused = append(a.unused, w)
-	}
-}
-
 // owns tells words of the arena from those that the heap lent.
 func (a *arena) owns(w []atomic.Uint64) bool {
 	if len(a.mem) == 0 {

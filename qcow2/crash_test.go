@@ -2,7 +2,6 @@ package qcow2
 
 import (
 	"errors"
-	"fmt"
 	"math/rand/v2"
 	"os"
 	"reflect"
@@ -76,7 +75,7 @@ func TestCrash(t *testing.T) {
 				}
 				s.judgeByQEMU(t, &tally)
 			}
-			t.Log(fmt.Sprintf("%+v", tally))
+			t.Logf("%+v", tally)
 		})
 	}
 }

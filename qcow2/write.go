@@ -124,7 +124,6 @@ func (w *writer) allocate(s *slice, p []byte, off int64) (n int64, o obstacle, e
 	if !ok {
 		return 0, obstacle{kind: needClusters}, nil
 	}
-	hi = lo + int(r.n)
 	n = min(r.n<<g.clusterBits-g.within(off), int64(len(p)))
 	if w.defects.linkEarly {
 		w.link(c, lo, r)
