@@ -4,6 +4,8 @@ package main
 
 import (
 	"encoding/json"
+	"encoding/xml"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -116,6 +118,24 @@ func TestRatio(t *testing.T) {
 	}
 	if r := f.Rows[0]; r.CPUop != 2 {
 		t.Errorf("%v us an operation, want 2", r.CPUop)
+	}
+}
+
+func TestPlot(t *testing.T) {
+	svg := plot([]finding{
+		{Workload: "fast & far", Peer: &ratio{To: "p", Median: 3, Least: 0.01, Most: 1000}},
+		{Workload: "no peer"},
+		{Workload: "slow", Peer: &ratio{To: "p", Median: 0.9, Least: 0.8, Most: 0.95}},
+	})
+	for d := xml.NewDecoder(strings.NewReader(svg)); ; {
+		if _, err := d.Token(); err == io.EOF {
+			break
+		} else if err != nil {
+			t.Fatalf("%v in\n%s", err, svg)
+		}
+	}
+	if !strings.Contains(svg, "fast &amp; far") || strings.Contains(svg, "no peer") || strings.Contains(svg, "%!") || !strings.Contains(svg, "#c65") {
+		t.Error(svg)
 	}
 }
 

@@ -52,6 +52,7 @@ type options struct {
 	size     int64
 	disk     string
 	json     string
+	plot     string
 	imgnbd   string
 	base     string
 	match    string
@@ -67,6 +68,7 @@ func parse(args []string) (o options, err error) {
 	mib := f.Int64("size", 256, "MiB of each image")
 	f.StringVar(&o.disk, "disk", "", "folder on a disk (default is the system's for temporary files)")
 	f.StringVar(&o.json, "json", "", "file to write all figures to")
+	f.StringVar(&o.plot, "plot", "", "file to draw the ratios to the best peers in, as SVG")
 	f.StringVar(&o.imgnbd, "imgnbd", "", "the program (default is built from ./cmd/imgnbd); none: peers only")
 	f.StringVar(&o.base, "base", "", "another build of it, to compare with")
 	f.StringVar(&o.match, "run", "", "only workloads that match this regular expression, of all")
@@ -140,6 +142,9 @@ func run(ctx context.Context, args []string) error {
 			err = os.WriteFile(o.json, append(b, '\n'), 0o644)
 		}
 		failed = errors.Join(failed, err)
+	}
+	if o.plot != "" {
+		failed = errors.Join(failed, os.WriteFile(o.plot, []byte(plot(findings)), 0o644))
 	}
 	return failed
 }
