@@ -67,7 +67,7 @@ func (i *images) get(w workload) (string, error) {
 			return "", err
 		}
 	default:
-		base, err := i.get(workload{kind: raw})
+		base, err := i.get(workload{kind: source})
 		if err != nil {
 			return "", err
 		}

@@ -73,13 +73,14 @@ type kind struct {
 	// is first writes that are measured.
 	fresh   bool
 	size    int64    // of the disk of a fresh one, if that is not the size of all
-	convert []string // arguments of qemu-img convert that make it from the raw image
+	convert []string // arguments of qemu-img convert that make it from source
 	create  []string // or of qemu-img create, for a fresh one
 	chain   int      // or how many images hold its clusters between them, at random
 }
 
 var (
-	raw     = kind{name: "raw", format: "raw"}
+	source  = kind{name: "source", format: "raw"} // which nobody writes to
+	raw     = kind{name: "raw", format: "raw", convert: []string{"-S", "0", "-O", "raw"}}
 	newRaw  = kind{name: "new raw", format: "raw", fresh: true, create: []string{"-f", "raw"}}
 	qcow2   = kind{name: "qcow2", format: "qcow2", convert: []string{"-O", "qcow2"}}
 	qcow2z  = kind{name: "qcow2 zlib", format: "qcow2", convert: []string{"-c", "-O", "qcow2", "-o", "compression_type=zlib"}}
