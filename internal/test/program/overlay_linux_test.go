@@ -20,6 +20,7 @@ func TestTemporaryOverlayOfDevice(t *testing.T) {
 		t.Fatal(err)
 	}
 	qemu.Run(t, "blockdev", "--setro", device)
+	t.Cleanup(func() { qemu.Run(t, "blockdev", "--setrw", device) }) // it outlives detaching
 	dir := t.TempDir()
 	t.Setenv("TMPDIR", dir)
 	p := &patient{t: t, bin: bin, socket: filepath.Join(t.TempDir(), "s"), args: []string{"--snapshot", "--format=raw", device}}
