@@ -64,6 +64,22 @@ func (l *layer) missed(s storage.Store, f *Format) {
 	}
 }
 
+// settled returns an error if a process that died left a journal of an image
+// that is about to be repaired: a repair moves what the journal relies on.
+func (l *layer) settled(s storage.Store, f *Format) error {
+	if l.chain.Journals == nil || !f.Journal {
+		return nil
+	}
+	name := l.chain.Journals.Left(s.Info())
+	if name == "" {
+		return nil
+	}
+	return &Hint{
+		Err:    errors.New("the process that wrote to it died, and writes that it acknowledged may be in its journal alone"),
+		Advice: fmt.Sprintf("serve the image for writing once, which brings them back, or give them up: remove %s", name),
+	}
+}
+
 // journalError adds what can be done about a journal that is in the way.
 func journalError(err error, j Journal) error {
 	if j == nil || !errors.Is(err, ErrJournal) {

@@ -55,7 +55,13 @@ func (l *layer) check(ctx context.Context, src source, opt OpenOptions, what Che
 	if err != nil {
 		return res, f.Name, err
 	}
-	if err = l.same(s, f, looked); err == nil {
+	if err = l.same(s, f, looked); err == nil && !opt.ReadOnly {
+		err = l.settled(s, f)
+	}
+	if err == nil {
+		if opt.ReadOnly {
+			l.missed(s, f)
+		}
 		res, err = f.Check(ctx, s, Options{Name: src.name, ReadOnly: opt.ReadOnly, Params: src.params, Warn: l.chain.Warn}, what)
 	}
 	return res, f.Name, errors.Join(err, s.Close())
