@@ -129,6 +129,7 @@ const (
 func newStore(f *os.File, n *node, opt storage.Options) (*store, error) {
 	s := &store{file: f, fd: n.fd, block: n.block, sector: n.sector, try: n.try}
 	if err := lockImage(n.fd, opt.Access, opt.Share); err != nil {
+		unlockImage(n.fd)
 		return nil, err
 	}
 	s.info = n.info
@@ -275,6 +276,7 @@ func (s *store) Close() error {
 	if !s.gate.Close() {
 		return fs.ErrClosed
 	}
+	unlockImage(s.fd)
 	err := cause(s.file.Close())
 	if s.direct != nil {
 		s.direct.buffers.free()

@@ -49,8 +49,8 @@ func permissions(access storage.Access, share storage.Sharing) (used, unshared p
 	return used, unshared
 }
 
-// lockImage takes the locks, which end when the file is closed. Where the file
-// system has none, it succeeds without, as QEMU does.
+// lockImage takes the locks. Where the file system has none, it succeeds
+// without, as QEMU does.
 func lockImage(fd int, access storage.Access, share storage.Sharing) error {
 	if share == storage.ShareNoLock {
 		return nil
@@ -84,6 +84,13 @@ func lockImage(fd int, access storage.Access, share storage.Sharing) error {
 		}
 	}
 	return nil
+}
+
+// unlockImage gives the locks back, which closing does only when no child that
+// is being started still has the file. What has no locks refuses, and no matter.
+func unlockImage(fd int) {
+	l := unix.Flock_t{Type: unix.F_UNLCK, Start: lockUsed, Len: lockUnshared - lockUsed + int64(len(permissionNames))}
+	_ = retry(func() error { return unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &l) })
 }
 
 func lockByte(fd, at int) error {

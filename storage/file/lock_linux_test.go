@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/imgnbd/imgnbd/internal/test/qemu"
 	"github.com/imgnbd/imgnbd/storage"
 )
@@ -101,6 +103,23 @@ func wantLock(t *testing.T, path, how, words, holder string) {
 }
 
 // An image that QEMU has open is refused exactly where QEMU refuses itself.
+// A child between fork and exec has the files of its parent, and would keep
+// their locks beyond Close.
+func TestCloseUnlocks(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	pass(t, os.WriteFile(path, nil, 0o600))
+	opt := storage.Options{Access: storage.WriteGrow}
+	s := mustOpen(t, path, opt)
+	child, err := unix.Dup(s.fd)
+	pass(t, err)
+	defer unix.Close(child)
+	pass(t, s.Close())
+	if got := lockedBytes(t, os.Getpid(), child); len(got) > 0 {
+		t.Errorf("still locked: %v", got)
+	}
+	pass(t, mustOpen(t, path, opt).Close())
+}
+
 func TestRespectsQEMU(t *testing.T) {
 	for _, c := range []struct {
 		format, readOnly string
