@@ -136,9 +136,14 @@ func signalCommand(ts *testscript.TestScript, neg bool, args []string) {
 		return
 	}
 	eventually(ts, func() error {
-		// A zombie waits for its parent, and is as dead as one can be.
+		// A zombie waits for its parent, and once it is the last of its threads
+		// it is as dead as one can be: until then its files are open.
 		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-		if err != nil || strings.Contains(string(stat), ") Z ") {
+		if err != nil {
+			return nil
+		}
+		_, rest, _ := strings.Cut(string(stat), ") ")
+		if fields := strings.Fields(rest); len(fields) > 17 && fields[0] == "Z" && fields[17] == "1" {
 			return nil
 		}
 		return fmt.Errorf("process %d is still there", pid)
