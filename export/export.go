@@ -1,6 +1,7 @@
 package export
 
 import (
+	"crypto/tls"
 	"net"
 
 	"github.com/imgnbd/imgnbd/image"
@@ -73,7 +74,16 @@ type Status struct {
 
 // A Client is one connection.
 type Client struct {
-	Addr net.Addr // of the peer; nil if it has none
+	Addr net.Addr             // of the peer; nil if it has none
+	TLS  *tls.ConnectionState // nil in the clear
+	Cred *Credentials         // of the peer of a Unix socket, nil if not known
+}
+
+// Credentials are those of the process that connected to a Unix socket, when
+// it did.
+type Credentials struct {
+	PID      int
+	UID, GID uint32 // effective; other groups are not told
 }
 
 // A State of a connection, as in net/http.

@@ -12,7 +12,8 @@ import (
 // asks what to answer and what comes next:
 //
 //	greeting -> options -> transmission
-//	                \----> hangup
+//	            |    \----> hangup
+//	            upgrade -> options
 //
 // The session reads exactly the bytes of each option, so that nothing sent
 // before an upgrade of the channel can take effect after it; the upgraded
@@ -24,6 +25,7 @@ type step int
 const (
 	stay     step = iota // read the next option
 	transmit             // n.agreed is set
+	upgrade              // begin TLS, and the negotiation again
 	hangup
 )
 
@@ -48,6 +50,7 @@ type exporter interface {
 // A negotiation is the state between the greeting and the agreement.
 type negotiation struct {
 	exporter   exporter
+	tls        tlsState
 	fixed      bool // the client knows fixed newstyle
 	noZeroes   bool
 	structured bool
@@ -82,12 +85,13 @@ type metaContext struct {
 }
 
 // negotiate starts a negotiation with the client's handshake flags.
-func negotiate(e exporter, flags uint32) (*negotiation, error) {
+func negotiate(e exporter, flags uint32, tls tlsState) (*negotiation, error) {
 	if flags&^(nbd.FlagFixedNewstyle|nbd.FlagNoZeroes) != 0 {
 		return nil, fmt.Errorf("unknown client flags %#x", flags)
 	}
 	return &negotiation{
 		exporter: e,
+		tls:      tls,
 		fixed:    flags&nbd.FlagFixedNewstyle != 0,
 		noZeroes: flags&nbd.FlagNoZeroes != 0,
 	}, nil
@@ -99,6 +103,13 @@ func (n *negotiation) handle(o option) (answer []byte, next step) {
 	if !n.fixed && o.id != nbd.OptExportName {
 		return nil, hangup // such a client would not understand a reply
 	}
+	if n.tls == tlsAwaited && o.id != nbd.OptStartTLS && o.id != nbd.OptAbort {
+		if o.id == nbd.OptExportName {
+			return nil, hangup // it has no way to be refused
+		}
+		r.refuse(nbd.RepErrTLSReqd, "Option 0x%x not permitted before TLS", uint32(o.id))
+		return r.out, stay
+	}
 	next = stay
 	switch o.id {
 	case nbd.OptExportName:
@@ -109,9 +120,7 @@ func (n *negotiation) handle(o option) (answer []byte, next step) {
 	case nbd.OptList:
 		n.list(r, o.data)
 	case nbd.OptStartTLS:
-		if r.empty(o.data) {
-			r.refuse(nbd.RepErrPolicy, "TLS not configured")
-		}
+		next = n.startTLS(r, o.data)
 	case nbd.OptInfo:
 		n.info(r, o.data)
 	case nbd.OptGo:

@@ -93,11 +93,13 @@ var replyNames = map[nbd.OptionReply]string{
 	nbd.RepAck: "ACK", nbd.RepServer: "SERVER", nbd.RepInfo: "INFO", nbd.RepMetaContext: "META_CONTEXT",
 	nbd.RepErrUnsup: "ERR_UNSUP", nbd.RepErrPolicy: "ERR_POLICY", nbd.RepErrInvalid: "ERR_INVALID",
 	nbd.RepErrUnknown: "ERR_UNKNOWN", nbd.RepErrExtHeaderReqd: "ERR_EXT_HEADER_REQD", nbd.RepErrTooBig: "ERR_TOO_BIG",
+	nbd.RepErrTLSReqd: "ERR_TLS_REQD",
 }
 
 // TestTranscripts plays what clients say and compares the answers. A
 // transcript has lines "C: opt NAME args" (strings quoted, repeated by *N,
-// numbers as they are; "C: raw NAME hex" sends data as it is), and the
+// numbers as they are; "C: raw NAME hex" sends data as it is; "C: tls offered"
+// and "C: tls required" are the server's settings, "S: upgrade" is TLS), and the
 // answers "S: ...". Rewrite the answers with UPDATE=1, and read them.
 func TestTranscripts(t *testing.T) {
 	files, err := filepath.Glob("testdata/negotiate/*.txt")
@@ -127,7 +129,7 @@ func TestTranscripts(t *testing.T) {
 func play(t *testing.T, script string) string {
 	var out strings.Builder
 	c := &catalogue{disk: memDisk(t, 64<<20)}
-	n, _ := negotiate(c, 3)
+	n, _ := negotiate(c, 3, tlsNone)
 	over := false
 	for _, line := range strings.Split(strings.TrimSuffix(script, "\n"), "\n") {
 		if strings.HasPrefix(line, "S: ") {
@@ -142,12 +144,16 @@ func play(t *testing.T, script string) string {
 			t.Fatalf("%q comes after the end", line)
 		}
 		words := split(t, says)
+		if words[0] == "tls" {
+			n.tls = map[string]tlsState{"offered": tlsOffered, "required": tlsAwaited}[words[1]]
+			continue
+		}
 		if words[0] == "flags" {
 			v, err := strconv.ParseUint(words[1], 0, 32)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if n, err = negotiate(c, uint32(v)); err != nil {
+			if n, err = negotiate(c, uint32(v), tlsNone); err != nil {
 				fmt.Fprintln(&out, "S: hangup:", err)
 				over = true
 			}
@@ -181,6 +187,10 @@ func play(t *testing.T, script string) string {
 		case hangup:
 			fmt.Fprintln(&out, "S: hangup")
 			over = true
+		case upgrade:
+			fmt.Fprintln(&out, "S: upgrade")
+			n.close()
+			n = n.afterTLS()
 		case transmit:
 			a := n.agreed
 			var contexts []string
@@ -306,7 +316,7 @@ func FuzzNegotiate(f *testing.F) {
 	f.Add(uint32(0), []byte("\x00\x00\x00\x01\x00\x00\x00\x04disk"))
 	f.Fuzz(func(t *testing.T, flags uint32, in []byte) {
 		c := &catalogue{disk: memDisk(t, 1<<20)}
-		n, err := negotiate(c, flags)
+		n, err := negotiate(c, flags, tlsState(len(in)%4))
 		if err != nil {
 			return
 		}
@@ -327,6 +337,11 @@ func FuzzNegotiate(f *testing.F) {
 			}
 			if (next == transmit) != (n.agreed != nil) {
 				t.Fatal("the step does not fit the agreement")
+			}
+			if next == upgrade {
+				n.close()
+				n = n.afterTLS()
+				continue
 			}
 			if next != stay {
 				break

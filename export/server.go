@@ -13,6 +13,7 @@ package export
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -39,9 +40,16 @@ type Server struct {
 	// List tells what may be opened. It opens nothing. nil refuses LIST.
 	List func(ctx context.Context, c *Client) ([]Info, error)
 
-	// Authorize, if set, is asked once for each connection before any other
-	// function is called for it. An error refuses the client.
+	// Authorize, if set, is asked for each connection before anything is said
+	// on it and before any other function is called for it, and once more when
+	// TLS has begun, with Client.TLS set. An error refuses the client, without
+	// a word.
 	Authorize func(ctx context.Context, c *Client) error
+
+	// TLS, if set, is how clients are met: TLSMode says when. No version
+	// before 1.2 is spoken, whatever it allows, and no session is resumed.
+	TLS     *tls.Config
+	TLSMode TLSMode
 
 	// ConnState, if set, is told of the life of each connection, by the
 	// goroutine that serves it.
@@ -55,6 +63,7 @@ type Server struct {
 	Log    *slog.Logger // nil: nothing is logged
 
 	once sync.Once
+	tls  *tls.Config // what TLS has become
 
 	mu        sync.Mutex // guards the fields below
 	changed   *sync.Cond // sessions or closing have changed
@@ -102,6 +111,7 @@ func (s *Server) init() {
 		if s.Log == nil {
 			s.Log = slog.New(slog.DiscardHandler)
 		}
+		s.tls = tlsConfig(s.TLS)
 		s.changed = sync.NewCond(&s.mu)
 		s.listeners = make(map[net.Listener]struct{})
 		s.sessions = make(map[*session]struct{})

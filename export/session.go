@@ -19,11 +19,12 @@ import (
 // A session is one connection, from accepting to closing. Its methods are
 // called by the goroutine in run, but for stop, cut, perform and flushed.
 type session struct {
-	srv    *Server
-	client *Client
-	conn   net.Conn
-	ctx    context.Context // ends with the connection
-	cancel context.CancelFunc
+	srv     *Server
+	client  *Client
+	conn    net.Conn        // as it was accepted
+	channel net.Conn        // what is talked over: conn, or TLS over it
+	ctx     context.Context // ends with the connection
+	cancel  context.CancelFunc
 
 	stopping atomic.Bool // by Shutdown
 	late     atomic.Bool // the handshake took too long
@@ -37,7 +38,7 @@ type session struct {
 
 func newSession(s *Server, conn net.Conn) *session {
 	ctx, cancel := context.WithCancel(context.Background())
-	return &session{srv: s, client: &Client{Addr: conn.RemoteAddr()}, conn: conn, ctx: ctx, cancel: cancel}
+	return &session{srv: s, client: &Client{Addr: conn.RemoteAddr(), Cred: peerCredentials(conn)}, conn: conn, channel: conn, ctx: ctx, cancel: cancel}
 }
 
 // stop makes the session end once what it has accepted is done.
@@ -97,7 +98,9 @@ func (s *session) serve() error {
 	s.srv.Log.Debug("client agreed", "client", s.client.Addr, "export", agreed.name,
 		"flags", agreed.flags, "structured", agreed.structured, "extended", agreed.extended)
 	s.state(StateActive)
-	return s.transmit(newTransport(s.conn))
+	err = s.transmit(newTransport(s.channel))
+	s.endTLS()
+	return err
 }
 
 // handshake returns what was agreed on; nil if the client left without.
@@ -109,31 +112,36 @@ func (s *session) handshake() (*agreement, error) {
 		})
 		defer timer.Stop()
 	}
-	if s.srv.Authorize != nil {
-		if err := s.srv.Authorize(s.ctx, s.client); err != nil {
-			return nil, fmt.Errorf("client refused: %w", err)
+	if err := s.authorize(); err != nil {
+		return nil, err
+	}
+	tls := s.srv.tlsAtStart()
+	if s.srv.tls != nil && s.srv.TLSMode == TLSDirect {
+		if err := s.startTLS(s.ctx); err != nil {
+			return nil, err
 		}
+		tls = tlsDone
 	}
 	hello := binary.BigEndian.AppendUint64(nil, nbd.Magic)
 	hello = binary.BigEndian.AppendUint64(hello, nbd.MagicOption)
 	hello = binary.BigEndian.AppendUint16(hello, nbd.FlagFixedNewstyle|nbd.FlagNoZeroes)
-	if _, err := s.conn.Write(hello); err != nil {
+	if _, err := s.channel.Write(hello); err != nil {
 		return nil, err
 	}
 	var flags [4]byte
-	if _, err := io.ReadFull(s.conn, flags[:]); err != nil {
+	if _, err := io.ReadFull(s.channel, flags[:]); err != nil {
 		if err == io.EOF {
 			return nil, nil // someone looked whether the port is open
 		}
 		return nil, err
 	}
-	n, err := negotiate(s, binary.BigEndian.Uint32(flags[:]))
+	n, err := negotiate(s, binary.BigEndian.Uint32(flags[:]), tls)
 	if err != nil {
 		return nil, err
 	}
-	defer n.close()
+	defer func() { n.close() }()
 	for {
-		o, err := readOption(s.conn)
+		o, err := readOption(s.channel)
 		if err == io.EOF {
 			return nil, nil
 		}
@@ -141,7 +149,7 @@ func (s *session) handshake() (*agreement, error) {
 			return nil, err
 		}
 		answer, next := n.handle(o)
-		_, err = s.conn.Write(answer)
+		_, err = s.channel.Write(answer)
 		if next == transmit {
 			if err != nil {
 				s.srv.exit(n.agreed.export)
@@ -149,6 +157,15 @@ func (s *session) handshake() (*agreement, error) {
 				return nil, err
 			}
 			return n.agreed, nil
+		}
+		if next == upgrade && err == nil {
+			n.close()
+			if err := s.startTLS(s.ctx); err != nil {
+				return nil, err
+			}
+			// Of what was said in the clear only the greeting is kept.
+			n = n.afterTLS()
+			continue
 		}
 		if next == hangup || err != nil {
 			return nil, err

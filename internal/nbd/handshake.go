@@ -169,6 +169,10 @@ func negotiate(conn io.ReadWriter, opt Options) (*Session, error) {
 // greet exchanges the first flags. An oldstyle server describes its only
 // export at once and leaves nothing to negotiate.
 func (h *handshake) greet() (*ExportInfo, error) {
+	if c, ok := h.conn.(*tlsConn); ok {
+		h.fixed, h.noZeroes = true, c.noZeroes
+		return nil, nil
+	}
 	var b [18]byte
 	if err := h.read(b[:16]); err != nil {
 		return nil, fmt.Errorf("greeting: %w", err)
