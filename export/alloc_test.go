@@ -17,15 +17,8 @@ func TestNoGarbage(t *testing.T) {
 		for range 8 {
 			batch = append(append(batch, read...), write...)
 		}
-		ses := func() *session {
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			for ses := range s.sessions {
-				return ses
-			}
-			return nil
-		}()
-		size := 8 * (ses.dataHeadSize() + 4096 + len(ses.appendDone(nil, &request{cmd: nbd.CmdWrite})))
+		agreed := agreement{structured: style != simple, extended: style == extended}
+		size := 8 * (agreed.dataHeadSize() + 4096 + len(agreed.appendDone(nil, &request{cmd: nbd.CmdWrite})))
 		replies := make([]byte, size)
 		got := testing.AllocsPerRun(200, func() {
 			if _, err := p.conn.Write(batch); err != nil {
