@@ -196,12 +196,14 @@ var hintLine = regexp.MustCompile(`(?m)^[\w-]+: hint: .*\n`)
 // What an option is refused with says what to do instead.
 func TestRefusals(t *testing.T) {
 	for option, advice := range map[string]string{
-		"-T x":             "--verbose",
-		"--object x":       "in the clear",
-		"--tls-creds x":    "a tunnel",
-		"--tls-authz x":    "a tunnel",
-		"--tls-hostname x": "a tunnel",
-		"--aio io_uring":   "--aio=threads",
+		"-T x":                                            "--verbose",
+		"--object secret,id=a,data=x":                     "without a passphrase",
+		"--object tls-creds-psk,id=a":                     "tls-creds-x509",
+		"--object tls-creds-anon,id=a":                    "tls-creds-x509",
+		"--object authz-pam,id=a":                         "authz-list",
+		"--object throttle-group,id=a":                    "systemd-run",
+		"--object tls-creds-x509,id=a,priority=SECURE256": "TLS 1.2",
+		"--aio io_uring":                                  "--aio=threads",
 	} {
 		o := ours(append(append([]string{"imgnbd"}, strings.Fields(option)...), "disk")...)
 		error, hint, _ := strings.Cut(o.Stderr, "\n")

@@ -105,6 +105,7 @@ func (s *service) runConnected() (err error) {
 	e.MultiConn = s.opt.connect.connections > 1
 	s.visitors = newVisitors()
 	s.server = s.opt.newServer(s.u, e, s.visitors)
+	s.server.Authorize = nil // the only client is ourselves
 	a, err = s.attach(e.Name)
 	if err == nil {
 		err = s.serveDevice(a)

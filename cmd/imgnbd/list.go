@@ -43,6 +43,15 @@ func (o *serveOptions) listExports(u *ui) error {
 		return err
 	}
 	defer conn.Close()
+	if o.tls.found != nil {
+		host := o.bind
+		if o.socket != "" || !o.flags.Changed("bind") {
+			host = "localhost"
+		}
+		if conn, err = o.tls.secure(ctx, conn, host); err != nil {
+			return err
+		}
+	}
 	l, err := nbd.List(ctx, conn)
 	switch {
 	case errors.Is(err, nbd.ErrNoList):

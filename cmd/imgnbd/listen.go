@@ -39,7 +39,7 @@ func (o *serveOptions) listen(ctx context.Context) (*place, error) {
 		case o.vsock:
 			p, err = listenVsock(o.port)
 		case o.socket != "":
-			p, err = listenUnix(o.socket)
+			p, err = listenUnix(o.socket, o.socketMode)
 		case o.runCommand != "" && !o.flags.Changed("port") && !o.flags.Changed("bind"):
 			p, err = listenTemporary()
 		default:
@@ -56,14 +56,24 @@ func (o *serveOptions) listen(ctx context.Context) (*place, error) {
 // The longest path that fits into the kernel's socket address, with its zero.
 const maxSocketPath = len(syscall.RawSockaddrUnix{}.Path)
 
-func listenUnix(path string) (*place, error) {
+// listenUnix makes a socket. Its mode is that which the umask leaves, as with
+// qemu-nbd, but never open to others unless that is asked for.
+func listenUnix(path string, mode *uint64) (*place, error) {
 	if len(path) >= maxSocketPath {
 		return nil, says("UNIX socket path '%s' is too long\nPath must be less than %d bytes", path, maxSocketPath)
 	}
 	if err := removeSocket(path); err != nil {
 		return nil, err
 	}
+	// By the umask, since a file that is changed later was open for a moment.
+	umask := syscall.Umask(0o077)
+	hidden := umask | 0o007
+	if mode != nil {
+		hidden = 0o777 &^ int(*mode)
+	}
+	syscall.Umask(hidden)
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	syscall.Umask(umask)
 	if err != nil {
 		return nil, says("Failed to bind socket to %s: %s", path, strerror(err))
 	}
@@ -106,7 +116,7 @@ func listenTemporary() (*place, error) {
 	if err != nil {
 		return nil, err
 	}
-	p, err := listenUnix(filepath.Join(dir, "socket"))
+	p, err := listenUnix(filepath.Join(dir, "socket"), nil)
 	if err != nil {
 		os.Remove(dir)
 		return nil, err

@@ -21,12 +21,16 @@ type serveOptions struct {
 	// Where clients connect.
 	port, bind   string
 	socket       string
+	socketMode   *uint64 // of its file; nil: as the umask has it, but nothing for others
 	vsock, stdio bool
 	selinuxLabel string
 
 	// Who may connect, and for how long.
 	shared     int // clients at once; 0: no limit
 	persistent bool
+	objects    objects
+	tls        tlsOptions
+	access     accessList
 	handshake  time.Duration // negative: no limit
 
 	// What is shown to them.
@@ -163,13 +167,13 @@ func newServeOptions() *serveOptions {
 	o.images.addFormat(fs)
 	fs.BoolVarP(&o.persistent, "persistent", "t", false, "")
 	fs.BoolVarP(&o.verbose, "verbose", "v", false, "")
-	refuseValue(fs, "object", "", "secrets and TLS are what objects are for; this version serves in the clear")
+	o.objects = objects{}
+	value(fs, "object", "", o.objects.add)
 	value(fs, "export-name", "x", o.bounded(&o.exportName, "export name"))
 	value(fs, "description", "D", o.bounded(&o.description, "export description"))
-	const noTLS = "this version serves in the clear: use a Unix socket, or a tunnel such as ssh or stunnel"
-	refuseValue(fs, "tls-creds", "", noTLS)
-	refuseValue(fs, "tls-hostname", "", noTLS)
-	refuseValue(fs, "tls-authz", "", noTLS)
+	fs.StringVar(&o.tls.creds, "tls-creds", "", "")
+	fs.StringVar(&o.tls.hostname, "tls-hostname", "", "")
+	fs.StringVar(&o.tls.authz, "tls-authz", "", "")
 	o.images.addImageOpts(fs)
 	refuseValue(fs, "trace", "T", "--verbose tells what clients do")
 	fs.BoolVar(&o.fork, "fork", false, "")
@@ -189,6 +193,24 @@ func newServeOptions() *serveOptions {
 	fs.BoolVar(&o.stdio, "stdio", false, "")
 	fs.StringVar(&o.runCommand, "run", "", "")
 	fs.BoolVar(&o.vsock, "vsock", false, "")
+	value(fs, "tls-mode", "", func(s string) error {
+		if _, ok := tlsModes[s]; !ok {
+			return fmt.Errorf("--tls-mode is require, allow or direct, not '%s'", s)
+		}
+		o.tls.mode = s
+		return nil
+	})
+	value(fs, "allow", "", func(s string) error { return addAccess(&o.access.allow, s) })
+	value(fs, "deny", "", func(s string) error { return addAccess(&o.access.deny, s) })
+	value(fs, "allow-file", "", o.access.setFile)
+	value(fs, "socket-mode", "", func(s string) error {
+		n, err := strconv.ParseUint(s, 8, 32)
+		if err != nil || n > 0o777 {
+			return fmt.Errorf("--socket-mode is an octal number up to 777, not '%s'", s)
+		}
+		o.socketMode = &n
+		return nil
+	})
 	o.images.addBacking(fs)
 	value(fs, "connections", "", func(s string) error {
 		n, err := cInt(s, 16)
@@ -208,7 +230,7 @@ func newServeOptions() *serveOptions {
 	})
 	fs.BoolVar(&o.connect.force, "force", false, "")
 	value(fs, "journal", "", o.journal.set)
-	for _, name := range []string{"journal", "stdio", "run", "vsock", "backing", "backing-dir", "connections", "max-part", "force"} {
+	for _, name := range []string{"journal", "stdio", "run", "vsock", "backing", "backing-dir", "tls-mode", "allow", "deny", "allow-file", "socket-mode", "connections", "max-part", "force"} {
 		fs.SetAnnotation(name, own, nil)
 	}
 	return o

@@ -35,6 +35,12 @@ func (o *serveOptions) run(u *ui, operands, args []string) error {
 	if err != nil {
 		return err
 	}
+	if o.connect.device != "" && o.tls.creds != "" {
+		return says("TLS is not supported with a host device")
+	}
+	if err := o.tls.check(o.objects, o.list); err != nil {
+		return err
+	}
 	if o.selinuxLabel != "" && o.socket == "" {
 		return says("--selinux-label is not permitted without --socket")
 	}
@@ -197,7 +203,14 @@ func (o *serveOptions) export(dev image.Device) (*export.Export, error) {
 
 // newServer shows e, and nothing else, to clients.
 func (o *serveOptions) newServer(u *ui, e *export.Export, v *visitors) *export.Server {
-	return &export.Server{
+	s := &export.Server{
+		Authorize: func(_ context.Context, c *export.Client) error {
+			if err := o.access.check(c); err != nil {
+				return err
+			}
+			return o.tls.authorize(c)
+		},
+		TLSMode: tlsModes[o.tls.mode],
 		Open: func(_ context.Context, _ *export.Client, name string) (*export.Export, error) {
 			if name != e.Name {
 				return nil, fs.ErrNotExist
@@ -212,4 +225,8 @@ func (o *serveOptions) newServer(u *ui, e *export.Export, v *visitors) *export.S
 		Limits:     export.Limits{Handshake: o.handshake},
 		Log:        u.logger(o.verbose),
 	}
+	if o.tls.found != nil {
+		s.TLS = o.tls.found.config()
+	}
+	return s
 }

@@ -46,6 +46,7 @@ func (s *service) run(passed *os.File) (err error) {
 		return err
 	}
 	defer s.place.close()
+	s.place.uri.TLS = s.opt.tls.found != nil
 	s.device, err = unlessSignalled(s.signals, func(ctx context.Context) (image.Device, error) {
 		return s.opt.open(ctx, s.u, s.file)
 	})
