@@ -48,6 +48,8 @@ type Server struct {
 
 	// TLS, if set, is how clients are met: TLSMode says when. No version
 	// before 1.2 is spoken, whatever it allows, and no session is resumed.
+	// Clients with GnuTLS 3.7 and an RSA certificate find it only if ClientCAs
+	// is nil and VerifyConnection does the work.
 	TLS     *tls.Config
 	TLSMode TLSMode
 

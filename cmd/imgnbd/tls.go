@@ -305,23 +305,45 @@ func readRevoked(path string, cas []*x509.Certificate) ([]*x509.RevocationList, 
 
 // config returns what crypto/tls needs, for this end of a connection.
 func (c *tlsCreds) config() *tls.Config {
-	t := &tls.Config{Certificates: c.own, MinVersion: tls.VersionTLS12, VerifyConnection: c.notRevoked}
+	t := &tls.Config{Certificates: c.own, MinVersion: tls.VersionTLS12}
 	switch {
 	case !c.server:
 		t.RootCAs, t.InsecureSkipVerify = c.cas, !c.verifyPeer
+		t.VerifyConnection = func(state tls.ConnectionState) error { return c.notRevoked(state.VerifiedChains) }
 	case c.verifyPeer:
-		t.ClientCAs, t.ClientAuth = c.cas, tls.RequireAndVerifyClientCert
+		// ClientCAs would be named to clients, and GnuTLS 3.7 then finds that
+		// an RSA certificate of its own does not fit TLS 1.3 as Go speaks it.
+		t.ClientAuth = tls.RequireAnyClientCert
+		t.VerifyConnection = c.verifyClient
 	}
 	return t
 }
 
+// verifyClient does what tls.RequireAndVerifyClientCert does.
+func (c *tlsCreds) verifyClient(state tls.ConnectionState) error {
+	if len(state.PeerCertificates) == 0 {
+		return errors.New("client has no certificate")
+	}
+	between := x509.NewCertPool()
+	for _, cert := range state.PeerCertificates[1:] {
+		between.AddCert(cert)
+	}
+	chains, err := state.PeerCertificates[0].Verify(x509.VerifyOptions{
+		Roots: c.cas, Intermediates: between, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	})
+	if err != nil {
+		return fmt.Errorf("client's certificate: %w", err)
+	}
+	return c.notRevoked(chains)
+}
+
 // notRevoked looks for a chain of the peer's in which nothing is revoked.
-func (c *tlsCreds) notRevoked(state tls.ConnectionState) error {
+func (c *tlsCreds) notRevoked(chains [][]*x509.Certificate) error {
 	if !c.verifyPeer || len(c.revoked) == 0 {
 		return nil
 	}
 	err := errors.New("no certificate that could be looked up in the revocation list")
-	for _, chain := range state.VerifiedChains {
+	for _, chain := range chains {
 		if err = c.chainRevoked(chain); err == nil {
 			return nil
 		}

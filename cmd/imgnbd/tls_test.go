@@ -20,7 +20,11 @@ import (
 // certificates returns the folders of a server for localhost and of a client.
 func certificates(t *testing.T) (ca *pki.CA, server, client string) {
 	t.Helper()
-	ca = pki.New(t)
+	return certificatesOf(t, pki.New(t))
+}
+
+func certificatesOf(t *testing.T, ca *pki.CA) (_ *pki.CA, server, client string) {
+	t.Helper()
 	subject := pkix.Name{Country: []string{"GB"}, Organization: []string{"Org, Ltd"}, OrganizationalUnit: []string{"a+b"}, CommonName: "client #1"}
 	server = ca.Dir(map[string]tls.Certificate{"server": ca.Server(nil, "localhost")})
 	client = ca.Dir(map[string]tls.Certificate{"client": ca.Client(nil, subject)})
@@ -148,13 +152,20 @@ func startTLS(t *testing.T, args ...string) (socket string) {
 // Clients of others and our own get in with a certificate, and with nothing
 // else.
 func TestTLSClients(t *testing.T) {
-	ca, server, client := certificates(t)
+	t.Run("ECDSA", func(t *testing.T) { testTLSClients(t, pki.New(t)) })
+	t.Run("RSA", func(t *testing.T) { testTLSClients(t, pki.NewRSA(t)) })
+}
+
+func testTLSClients(t *testing.T, ca *pki.CA) {
+	_, server, client := certificatesOf(t, ca)
 	stranger := pki.New(t)
 	strangers := stranger.Dir(map[string]tls.Certificate{"client": stranger.Client(nil, pkix.Name{CommonName: "x"})})
 	if err := os.WriteFile(filepath.Join(strangers, "ca-cert.pem"), pemOf(t, filepath.Join(server, "ca-cert.pem")), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	nobody := ca.Dir(nil)
+	expired := ca.Dir(map[string]tls.Certificate{"client": ca.Client(pki.Expired, pkix.Name{CommonName: "x"})})
+	servers := ca.Dir(map[string]tls.Certificate{"client": ca.Server(nil, "localhost")})
 	socket := startTLS(t, "--object", "tls-creds-x509,id=a,endpoint=server,dir="+server, "--tls-creds=a")
 	list := func(program func(...string) outcome, dir, host string) outcome {
 		return program("qemu-nbd", "-L", "-k", socket, "--object", "tls-creds-x509,id=a,endpoint=client,dir="+dir,
@@ -174,6 +185,8 @@ func TestTLSClients(t *testing.T) {
 				"another CA":     list(program, strangers, "localhost"),
 				"no certificate": list(program, nobody, "localhost"),
 				"no TLS":         program("qemu-nbd", "-L", "-k", socket),
+				"expired":        list(program, expired+",sanity-check=off", "localhost"),
+				"for servers":    list(program, servers+",sanity-check=off", "localhost"),
 			} {
 				if o.Code != 1 || o.Stdout != "" || o.Stderr == "" {
 					t.Errorf("%s: %+v", what, o)

@@ -3,9 +3,11 @@
 package pki
 
 import (
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -22,14 +24,25 @@ import (
 type CA struct {
 	t      testing.TB
 	Cert   *x509.Certificate
-	key    *ecdsa.PrivateKey
+	key    crypto.Signer
+	rsa    bool // keys, as most have
 	serial int64
 }
 
-// New makes a CA.
+// New makes a CA with keys of elliptic curves.
 func New(t testing.TB) *CA {
 	t.Helper()
-	c := &CA{t: t, serial: 1}
+	return (&CA{t: t, serial: 1}).root()
+}
+
+// NewRSA makes a CA with the keys that most have.
+func NewRSA(t testing.TB) *CA {
+	t.Helper()
+	return (&CA{t: t, serial: 1, rsa: true}).root()
+}
+
+func (c *CA) root() *CA {
+	c.t.Helper()
 	c.Cert, c.key = c.sign(&x509.Certificate{
 		Subject:               pkix.Name{CommonName: "Test CA"},
 		IsCA:                  true,
@@ -40,9 +53,15 @@ func New(t testing.TB) *CA {
 }
 
 // sign makes a key and a certificate for it; a nil parent signs itself.
-func (c *CA) sign(template, parent *x509.Certificate) (*x509.Certificate, *ecdsa.PrivateKey) {
+func (c *CA) sign(template, parent *x509.Certificate) (*x509.Certificate, crypto.Signer) {
 	c.t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	var key crypto.Signer
+	var err error
+	if c.rsa {
+		key, err = rsa.GenerateKey(rand.Reader, 2048)
+	} else {
+		key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	}
 	if err != nil {
 		c.t.Fatal(err)
 	}
