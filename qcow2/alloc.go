@@ -33,6 +33,7 @@ type allocator struct {
 	fresh   int64         // clusters from here on were never written, and read as zeros
 	changes []countChange // since the last takeChanges, in order
 	forgot  bool          // free runs were dropped for lack of room
+	wanted  int64         // clusters that takeWhole did not find
 }
 
 // maxFreeRuns bounds the memory of the allocator. What is dropped is found
@@ -69,6 +70,32 @@ func (a *allocator) take(n int64) (r hostRun, fresh, ok bool) {
 	}
 	a.change(r, +1)
 	return r, fresh, true
+}
+
+// takeWhole hands out n consecutive clusters. What it does not find the next
+// commits look for.
+func (a *allocator) takeWhole(n int64) (r hostRun, ok bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	i := slices.IndexFunc(a.free, func(f hostRun) bool { return f.n >= n })
+	switch {
+	case i >= 0:
+		f := &a.free[i]
+		r = hostRun{f.first, n}
+		f.first += n
+		if f.n -= n; f.n == 0 {
+			a.free = slices.Delete(a.free, i, i+1)
+		}
+	case a.limit-a.tail >= n:
+		r = hostRun{a.tail, n}
+		a.tail += n
+	default:
+		a.wanted = n
+		return hostRun{}, false
+	}
+	a.wanted = 0
+	a.change(r, +1)
+	return r, true
 }
 
 // give takes back clusters that take handed out and nothing ever referred to,
@@ -120,12 +147,13 @@ func (a *allocator) insert(r hostRun) {
 }
 
 // takeChanges returns the changes of counts since it was last called, and
-// whether no free cluster is known below the tail. If so, and free runs were
+// whether to look for free clusters below the tail: none is known there, and
+// some are being used, or were not found. If so, and free runs were
 // forgotten, forgotten is the tail: they lie somewhere below.
 func (a *allocator) takeChanges() (changes []countChange, dry bool, forgotten int64) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	changes, dry = a.changes, len(a.free) == 0
+	changes, dry = a.changes, len(a.free) == 0 && len(a.changes)+int(a.wanted) > 0
 	a.changes = nil
 	if dry && a.forgot {
 		a.forgot, forgotten = false, a.tail

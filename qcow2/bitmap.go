@@ -34,6 +34,7 @@ type bitmapEntry struct {
 type bitmap struct {
 	bitmapEntry
 	lost atomic.Bool // the image was written by who does not keep it up to date
+	live []uint64    // the bits, if they are kept in memory; see recording
 }
 
 // encode returns the entry as it is in the directory, padded.
@@ -200,7 +201,7 @@ type bitmapReader struct {
 	bitmap *bitmap
 
 	mu     sync.Mutex
-	table  []uint64
+	table  []bitmapTableEntry
 	words  []uint64 // the bits of one cluster, in native order
 	loaded int64    // which; meaningful if words is not nil
 }
@@ -243,17 +244,22 @@ func (b *bitmapReader) appendDirty(dst []image.DirtyExtent, off, end int64) ([]i
 	perCluster := b.im.geo.clusterSize * 8 // bits
 	for off < end && len(dst)-start < maxDirty {
 		bit := off >> shift
-		cluster := bit / perCluster
-		dirty, known, err := b.load(cluster)
-		if err != nil {
-			return dst, err
-		}
-		last := (cluster + 1) * perCluster // bit behind the run
-		if !known {
-			first := bit - cluster*perCluster
-			var n int64
-			dirty, n = run(b.words, first)
-			last = bit + n
+		var dirty, known bool
+		var last int64 // bit behind the run
+		if live := b.bitmap.live; live != nil {
+			dirty, last = run(live[:(end-1)>>shift/64+1], bit)
+			last += bit
+		} else {
+			cluster := bit / perCluster
+			var err error
+			if dirty, known, err = b.load(cluster); err != nil {
+				return dst, err
+			}
+			last = (cluster + 1) * perCluster
+			if !known {
+				dirty, last = run(b.words, bit-cluster*perCluster)
+				last += bit
+			}
 		}
 		stop := end
 		if last <= end>>shift {
@@ -269,19 +275,20 @@ func (b *bitmapReader) appendDirty(dst []image.DirtyExtent, off, end int64) ([]i
 	return dst, nil
 }
 
-// run returns the value of a bit and how many of that value begin there.
+// run returns the value of a bit and how many of that value begin there. Bits
+// may be set meanwhile.
 func run(words []uint64, bit int64) (set bool, n int64) {
 	i, shift := bit/64, uint(bit%64)
 	flip := uint64(0)
 	if set = words[i]>>shift&1 != 0; set {
 		flip = ^uint64(0)
 	}
-	if w := (words[i] ^ flip) >> shift; w != 0 {
+	if w := (atomic.LoadUint64(&words[i]) ^ flip) >> shift; w != 0 {
 		return set, int64(bits.TrailingZeros64(w))
 	}
 	n = 64 - int64(shift)
 	for i++; i < int64(len(words)); i++ {
-		if w := words[i] ^ flip; w != 0 {
+		if w := atomic.LoadUint64(&words[i]) ^ flip; w != 0 {
 			return set, n + int64(bits.TrailingZeros64(w))
 		}
 		n += 64
@@ -293,16 +300,16 @@ func run(words []uint64, bit int64) (set bool, n int64) {
 // equal. b.mu is held.
 func (b *bitmapReader) load(cluster int64) (dirty, known bool, err error) {
 	if b.table == nil {
-		if err := b.loadTable(); err != nil {
+		if b.table, err = readBitmapTable(b.im.store, b.bitmap); err != nil {
 			return false, false, err
 		}
 	}
 	if cluster >= int64(len(b.table)) {
 		return false, true, nil
 	}
-	e := bitmapTableEntry(b.table[cluster])
-	if e.reserved() != 0 || b.im.geo.within(e.host()) != 0 {
-		return false, false, corrupt("table at %#x, entry %d: invalid entry %#x", b.bitmap.tableAt, cluster, uint64(e))
+	e := b.table[cluster]
+	if err := e.check(b.im.geo, int(cluster), b.bitmap); err != nil {
+		return false, false, err
 	}
 	if e.host() == 0 {
 		return e.allOnes(), true, nil
@@ -324,24 +331,25 @@ func (b *bitmapReader) load(cluster int64) (dirty, known bool, err error) {
 	return false, false, nil
 }
 
-func (b *bitmapReader) loadTable() error {
-	size, err := b.im.store.Size()
+// readBitmapTable reads where the bits of b are.
+func readBitmapTable(s storage.Store, b *bitmap) ([]bitmapTableEntry, error) {
+	size, err := s.Size()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	at, n := int64(b.bitmap.tableAt), int64(b.bitmap.tableSize)*8
+	at, n := int64(b.tableAt), int64(b.tableSize)*8
 	if at > size || n > size-at {
-		return corrupt("table at %#x is past the end (%#x)", at, size)
+		return nil, corrupt("table at %#x is past the end (%#x)", at, size)
 	}
 	buf := make([]byte, n)
-	if _, err := b.im.store.ReadAt(buf, at); err != nil {
-		return fmt.Errorf("table at %#x: %w", at, err)
+	if _, err := s.ReadAt(buf, at); err != nil {
+		return nil, fmt.Errorf("table at %#x: %w", at, err)
 	}
-	b.table = make([]uint64, b.bitmap.tableSize)
-	for i := range b.table {
-		b.table[i] = binary.BigEndian.Uint64(buf[i*8:])
+	table := make([]bitmapTableEntry, b.tableSize)
+	for i := range table {
+		table[i] = bitmapTableEntry(binary.BigEndian.Uint64(buf[i*8:]))
 	}
-	return nil
+	return table, nil
 }
 
 // A bitmapTableEntry says where a cluster of bits lies.
@@ -352,6 +360,14 @@ func (e bitmapTableEntry) host() int64 { return int64(e & hostMask) }
 // allOnes says, of an entry without a cluster, that all its bits are set.
 func (e bitmapTableEntry) allOnes() bool { return e&1 != 0 }
 
+// check returns an error unless e can be entry i of the table of b.
+func (e bitmapTableEntry) check(g *geometry, i int, b *bitmap) error {
+	if e.reserved() != 0 || g.within(e.host()) != 0 {
+		return corrupt("table at %#x, entry %d: invalid entry %#x", b.tableAt, i, uint64(e))
+	}
+	return nil
+}
+
 func (e bitmapTableEntry) reserved() uint64 {
 	r := uint64(e) & 0xff000000000001fe
 	if e.host() != 0 {
@@ -360,39 +376,7 @@ func (e bitmapTableEntry) reserved() uint64 {
 	return r
 }
 
-// abandonBitmaps marks the bitmaps that record writes as in use, durably, as
-// every writer does before its first change. One that stores them in the end
-// takes the mark off; we do not keep them up to date, so they stay as they are,
-// and everybody sees that they cannot be relied on. While the directory is
-// changed the header says that there is none.
-func abandonBitmaps(s storage.Store, h *header, list []bitmap) error {
-	x, err := h.bitmapsExtension()
-	if err != nil {
-		return err
-	}
-	if err := setAutoclear(s, autoclearBitmaps, false); err != nil {
-		return err
-	}
-	at := int64(x.offset)
-	for i := range list {
-		b := &list[i]
-		if b.recording() {
-			var flags [4]byte
-			binary.BigEndian.PutUint32(flags[:], b.flags|bitmapInUse)
-			if err := s.WriteAt(flags[:], at+12, 0); err != nil {
-				return fmt.Errorf("bitmap directory at %#x: %w", x.offset, err)
-			}
-			b.lost.Store(true)
-		}
-		at += int64(len(b.encode()))
-	}
-	if err := s.Sync(); err != nil {
-		return err
-	}
-	return setAutoclear(s, autoclearBitmaps, true)
-}
-
-// recording reports whether the bitmap would have to be kept up to date.
+// recording reports whether writes to the image have to be recorded.
 func (b *bitmap) recording() bool {
 	return b.flags&bitmapAuto != 0 && b.flags&bitmapInUse == 0 && !b.lost.Load()
 }

@@ -274,7 +274,7 @@ func (c *committer) stageA(b *batch) error {
 	if c.counts, err = c.refs.apply(c.counts); err != nil {
 		return c.condemn(err)
 	}
-	if dry && len(changes) > 0 {
+	if dry {
 		if err := c.refs.scan(c.alloc); err != nil {
 			return err
 		}

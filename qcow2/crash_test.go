@@ -45,8 +45,15 @@ var simKinds = []simKind{
 		before: []string{"write -P 1 0 100k", "write -z 32k 20k"}, after: [][]string{{"snapshot", "-c", "one"}}},
 	{name: "data file", options: "cluster_size=4k", size: 256 << 10, hot: 64 << 10, workers: 4, ops: 200, backing: true, dataFile: true, journal: 1024},
 	{name: "raw data file", options: "cluster_size=4k,data_file_raw=on", size: 256 << 10, hot: 64 << 10, workers: 4, ops: 200, dataFile: true},
+	{name: "bitmaps", options: "cluster_size=512", size: 128 << 10, hot: 32 << 10, workers: 2, ops: 16, journal: 1024, bitmaps: []string{"512", "4k"}},
+	{name: "bitmaps 64 bit counts backing", options: "cluster_size=512,refcount_bits=64", size: 1 << 20, hot: 1 << 20, workers: 2, ops: 60, backing: true, bitmaps: []string{"512", "64k"}},
+	{name: "bitmaps device", options: "cluster_size=4k", size: 256 << 10, hot: 64 << 10, workers: 4, ops: 24, device: 512 << 10, journal: 512, bitmaps: []string{"1k", "512", "2M"}},
 	{name: "version 2 backing", options: "compat=0.10,cluster_size=4k", size: 256 << 10, hot: 32 << 10, workers: 4, ops: 200, backing: true},
 }
+
+// bitmapKind does little but to mark and store a bitmap.
+var bitmapKind = simKind{name: "bitmap", options: "cluster_size=512", size: 64 << 10, hot: 64 << 10, workers: 1, ops: 6,
+	before: []string{"write -P 1 0 64k"}, bitmaps: []string{"512", "512"}}
 
 // crashRuns returns how many runs to make of what is short by default: as many
 // times more as IMGNBD_CRASH says.
@@ -151,6 +158,8 @@ func TestCrashFindsDefects(t *testing.T) {
 				switch f.Name {
 				case "tablesAnew", "noRetrySync", "forgetFailedSync", "refTableEarly":
 					kind = faultKind(0)
+				case "noSyncMark", "noSyncBits", "noSyncDirectory":
+					kind = &bitmapKind
 				case "growZeroes", "noGrace":
 					kind = &simKind{name: "crowded", options: "cluster_size=4k", size: 128 << 10, hot: 8 << 10, workers: 8, ops: 400}
 				}

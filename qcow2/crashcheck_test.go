@@ -14,6 +14,14 @@ type crashVerdict struct {
 	corrupt []string
 	leaks   int
 	guest   []byte // what the disk reads as
+	bitmaps []crashBitmap
+}
+
+// A crashBitmap is a bitmap that the header vouches for.
+type crashBitmap struct {
+	flags       uint64
+	granularity uint64 // bytes
+	bits        []byte // as in the image
 }
 
 // crashJudge walks an image as a program would that finds it after a crash. data is
@@ -215,6 +223,29 @@ func crashJudge(img, data, backing []byte) (v crashVerdict) {
 	}
 	if snaps > 0 {
 		use(snapAt, at-snapAt, "snapshot table")
+	}
+	for at := u32(100); version == 3 && u64(88)&1 != 0 && u32(at) != 0; at += 8 + (u32(at+4)+7)&^7 {
+		if u32(at) != 0x23852875 {
+			continue
+		}
+		n, e := u64(at+16), u64(at+24)
+		use(e, n, "bitmap directory")
+		for range u32(at + 8) {
+			table, entries, b := u64(e), u32(e+8), crashBitmap{flags: u32(e + 12), granularity: 1 << (u32(e+16) >> 16 & 0xff)}
+			use(table, entries*8, "bitmap table")
+			for i := range entries {
+				bits := make([]byte, cs)
+				if w := u64(table + i*8); w > 1 {
+					use(w, cs, "bits")
+					copy(bits, img[min(w, uint64(len(img))):])
+				} else if w == 1 {
+					bits = bytes.Repeat([]byte{0xff}, int(cs))
+				}
+				b.bits = append(b.bits, bits...)
+			}
+			v.bitmaps = append(v.bitmaps, b)
+			e += (24 + u32(e+16)&0xffff + u32(e+20) + 7) &^ 7
+		}
 	}
 	for c, n := range refs {
 		if count(c) < uint64(n) {

@@ -46,6 +46,7 @@ type simKind struct {
 	l2cache  string
 	journal  int // records; 0: none
 	dataFile bool
+	bitmaps  []string // granularities; the image is closed in the end, to store them
 }
 
 // A simOp is a request. Its times are positions in the record.
@@ -73,8 +74,9 @@ type sim struct {
 	store   *storagetest.Recorder
 	data    *storagetest.Recorder // nil: no external data file
 	backing []byte
-	initial []byte // what the disk read as before
-	journal []byte // nil: none
+	initial []byte        // what the disk read as before
+	journal []byte        // nil: none
+	bitmaps []crashBitmap // as they were
 
 	mu     sync.Mutex
 	ops    []*simOp
@@ -107,6 +109,13 @@ func simBlank(t testing.TB, k *simKind) []byte {
 	}
 	for _, args := range k.after {
 		qemu.Img(t, append(args, file)...)
+	}
+	for i, g := range k.bitmaps {
+		qemu.Img(t, "bitmap", "--add", "-g", g, file, fmt.Sprint("b", i))
+	}
+	if len(k.bitmaps) > 0 {
+		qemu.Img(t, "bitmap", "--add", "--disable", file, "off")
+		qemu.IO(t, "qcow2", file, fmt.Sprintf("write -P 9 0 1k"), fmt.Sprintf("write -P 9 %d 1k", k.size/2))
 	}
 	b, err := os.ReadFile(file)
 	if err != nil {
@@ -145,6 +154,7 @@ func newSim(t testing.TB, k *simKind, seed uint64, d defects) *sim {
 	if k.journal > 0 {
 		s.journal = newJournalMemory(k.journal)
 	}
+	s.bitmaps = crashJudge(blank, make([]byte, k.size), s.backing).bitmaps
 	s.sector = make([][]*simOp, k.size/sim512)
 	return s
 }
@@ -270,8 +280,12 @@ func (s *sim) run() error {
 	}
 	wg.Wait()
 	o := s.begin('f', 0, 0)
-	s.end(o, im.Flush())
-	im.writer.commit.stop()
+	if len(s.kind.bitmaps) > 0 {
+		s.end(o, im.writer.close())
+	} else {
+		s.end(o, im.Flush())
+		im.writer.commit.stop()
+	}
 	im.mapping.close()
 	return nil
 }
@@ -454,7 +468,56 @@ func (s *sim) cut(disk *storagetest.Disk, floor, p int) (leaky bool, err error) 
 	if w := s.illegal(v.guest, floor, p); w != "" {
 		return false, errors.New(w)
 	}
+	if w := s.illegalBitmap(&v); w != "" {
+		return false, errors.New(w)
+	}
 	return v.leaks > 0, nil
+}
+
+// illegalBitmap says what is wrong with the bitmaps, "" if nothing is: one that
+// is not in use has a bit for every change that is there, and for no other. That
+// the header vouches for none is not right either: one of them is not touched.
+func (s *sim) illegalBitmap(v *crashVerdict) string {
+	if len(s.kind.bitmaps) == 0 {
+		return ""
+	}
+	if len(v.bitmaps) != len(s.kind.bitmaps)+1 {
+		return fmt.Sprintf("%d bitmaps", len(v.bitmaps))
+	}
+	for i, b := range v.bitmaps {
+		first := s.bitmaps[i]
+		if first.flags&bitmapAuto == 0 {
+			if b.flags != first.flags || !bytes.Equal(b.bits, first.bits) {
+				return fmt.Sprintf("bitmap %d was touched", i)
+			}
+			continue
+		}
+		if b.flags&bitmapInUse != 0 {
+			continue
+		}
+		set := func(bits []byte, k uint64) bool { return bits[k/8]>>(k%8)&1 != 0 }
+		may := bytes.Clone(first.bits) // and what was asked for
+		for _, o := range s.ops {
+			for at := uint64(o.off); at < uint64(o.off+o.n); at += sim512 {
+				k := at / b.granularity
+				may[k/8] |= 1 << (k % 8)
+			}
+		}
+		for k := range (uint64(len(v.guest))-1)/b.granularity + 1 {
+			if set(b.bits, k) && !set(may, k) {
+				return fmt.Sprintf("bitmap %d: bit %d is set", i, k)
+			}
+			if set(first.bits, k) && !set(b.bits, k) {
+				return fmt.Sprintf("bitmap %d: bit %d is gone", i, k)
+			}
+		}
+		for at := uint64(0); at < uint64(len(v.guest)); at += sim512 {
+			if !set(b.bits, at/b.granularity) && !bytes.Equal(v.guest[at:at+sim512], s.initial[at:at+sim512]) {
+				return fmt.Sprintf("bitmap %d does not have the change at %#x", i, at)
+			}
+		}
+	}
+	return ""
 }
 
 // kill ends the process at position p and lets another one take over: what

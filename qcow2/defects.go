@@ -32,4 +32,7 @@ type defects struct {
 	journalEarly     bool // R13: records are dropped at the cut
 	replayLowers     bool // R14: replay lowers counts without quarantine
 	forgetFailedSync bool // R15
+	noSyncMark       bool // R16: a change before bitmaps are marked durably
+	noSyncBits       bool // R16: a bitmap's place before its bits
+	noSyncDirectory  bool // R16: the mark is taken off before a bitmap's place is durable
 }

@@ -13,7 +13,7 @@
 //     and replay.go are for the death of the process.
 //   - device: image.go opens an image, read.go serves it, writer.go, write.go
 //     and zero.go change it; compress.go, datafile.go, backing.go, snapshot.go,
-//     bitmap.go, create.go and inspect.go are the features on top.
+//     bitmap.go, recording.go, create.go and inspect.go are the features on top.
 //   - check: check.go compares with what references.go counts; repair.go puts
 //     it right, in an order of its own, and rebuild.go makes refcounts anew.
 //     They need no open image.
@@ -82,6 +82,9 @@
 //	R13  records are dropped when the batch is durable, not at its cut
 //	R14  what replay frees goes through the same quarantine
 //	R15  after a failed sync no metadata is written, and no flush succeeds
+//	R16  a bitmap that records is marked as in use durably before the first
+//	     change; at the end its bits are durable before its entry points to them,
+//	     and that is durable before the mark is taken off
 //
 // Why it holds, in short: take any state of the store after a power cut. Every
 // pointer in it was written by a stage B, so its target and its count were made
@@ -99,6 +102,18 @@
 // back what it took. A batch that fails is dirty again, whole, and the next
 // commit tries again. Only a failed sync is for good: the host forgets which
 // pages it could not write, and a later sync tells nothing about them.
+//
+// # Bitmaps
+//
+// The bits of bitmaps that record are in memory while the image is open for
+// writing. A request sets them before it changes anything, without a lock, and
+// for its whole range: zeroing and discarding count as changes, as in QEMU. What
+// the store has is marked as in use from the first change until Close puts the
+// bits into clusters of their own and frees the old ones. The directory and the
+// header extension stay where they are, and what changes in the directory are
+// fields within a sector, so the header vouches for all bitmaps all the time.
+// Whoever dies before the end leaves the mark: the bitmap is inconsistent from
+// then on, journal or not, and a backup has to begin anew.
 //
 // # Trust
 //

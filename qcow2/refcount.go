@@ -217,7 +217,7 @@ func (r *refcounts) extend(a *allocator) error {
 	if r.grown != nil && r.grown.exposed {
 		return nil
 	}
-	for a.limit < r.end && a.limit-a.tail < r.lookAhead(a.tail) {
+	for a.limit < r.end && a.limit-a.tail < max(r.lookAhead(a.tail), a.wanted) {
 		if i := a.limit >> r.g.refBlockBits; i >= int64(len(r.table)) {
 			if grew, err := r.growTable(a); !grew || err != nil {
 				return err

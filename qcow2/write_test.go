@@ -246,38 +246,6 @@ func TestWriteKeepsHeader(t *testing.T) {
 	}
 }
 
-// A bitmap that records writes is marked as in use before the first one, and
-// not by opening; one that does not record them stays as it is.
-func TestWriteAbandonsBitmaps(t *testing.T) {
-	file := qemu.Create(t, "qcow2", "", "1M")
-	qemu.Img(t, "bitmap", "--add", file, "on")
-	qemu.Img(t, "bitmap", "--add", "--disable", file, "off")
-	for _, write := range []bool{false, true} {
-		d, err := openToWrite(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if write {
-			if err := d.WriteAt([]byte{1}, 0, 0); err != nil {
-				t.Fatal(err)
-			}
-		}
-		for _, b := range d.(*Image).Bitmaps() {
-			if b.Inconsistent != (write && b.Name == "on") {
-				t.Errorf("written to: %v: %+v", write, b)
-			}
-		}
-		if err := d.Close(); err != nil {
-			t.Fatal(err)
-		}
-		info := qemu.Img(t, "info", file)
-		if got := strings.Contains(info, "in-use"); got != write {
-			t.Errorf("written to: %v; %s", write, info)
-		}
-		qemu.Check(t, file)
-	}
-}
-
 func headerOf(file string) (*header, error) {
 	b, err := os.ReadFile(file)
 	if err != nil {

@@ -29,15 +29,17 @@ type writer struct {
 	journal *journal // nil: none
 	defects *defects
 
-	tables    *tableGuard
-	rawData   bool // the external data file reads as the disk
-	header    *header
-	bitmaps   []bitmap
-	marking   sync.Mutex   // guards the marking of bitmaps
-	marked    atomic.Bool  // no bitmap claims to be kept up to date
-	busyLimit int64        // slices that may be dirty before writers wait
-	freed     atomic.Int64 // clusters given up since a commit was last asked for
-	buffers   sync.Pool    // of *[]byte, one cluster each
+	tables     *tableGuard
+	rawData    bool // the external data file reads as the disk
+	header     *header
+	bitmaps    []bitmap
+	recordings []recording  // the bitmaps that record writes
+	marking    sync.Mutex   // guards the marking of bitmaps
+	marks      bool         // it has begun
+	marked     atomic.Bool  // bitmaps that record are marked as in use
+	busyLimit  int64        // slices that may be dirty before writers wait
+	freed      atomic.Int64 // clusters given up since a commit was last asked for
+	buffers    sync.Pool    // of *[]byte, one cluster each
 }
 
 // newWriter makes the writing half of d.
@@ -86,6 +88,9 @@ func newWriter(d *disk, h *header, bitmaps []bitmap, opt *image.Options, hooks *
 		w.commit.data = d.data
 		w.rawData = h.autoclear&autoclearDataFileRaw != 0
 	}
+	if err := w.loadRecordings(opt.Warn); err != nil {
+		return nil, err
+	}
 	var journal *journal
 	var records []record
 	if opt.Journal != nil {
@@ -125,8 +130,8 @@ func (w *writer) clearFeatures() error {
 	return nil
 }
 
-// firstChange is called before anything is changed. It returns when bitmaps
-// that will not be kept up to date are marked as such.
+// firstChange is called before anything is changed. It returns when the bitmaps
+// that record writes are marked as in use.
 func (w *writer) firstChange() error {
 	if w.marked.Load() {
 		return nil
@@ -136,13 +141,9 @@ func (w *writer) firstChange() error {
 	if w.marked.Load() {
 		return nil
 	}
-	for i := range w.bitmaps {
-		if w.bitmaps[i].recording() {
-			if err := abandonBitmaps(w.store, w.header, w.bitmaps); err != nil {
-				return err
-			}
-			break
-		}
+	w.marks = true
+	if err := w.markRecordings(); err != nil {
+		return err
 	}
 	w.marked.Store(true)
 	return nil
@@ -180,6 +181,7 @@ func (im *Image) change(op string, off, n int64, flags image.WriteFlags, do func
 	defer r.leave()
 	err := r.firstChange()
 	if err == nil {
+		r.record(off, n)
 		err = do(&r)
 	}
 	if err == nil && flags&image.FUA != 0 {
@@ -204,7 +206,8 @@ func (im *Image) Flush() error {
 	return image.Wrap("flush", im.name, im.writer.commit.commit())
 }
 
-// Close makes everything durable and closes what the image has opened.
+// Close makes everything durable, stores the bitmaps that recorded writes and
+// closes what the image has opened.
 func (im *Image) Close() error {
 	if im.writer == nil {
 		return im.disk.Close()
@@ -327,8 +330,14 @@ func (w *writer) close() error {
 		err = w.commit.commit() // the counts of what was freed
 	}
 	w.commit.stop()
-	if err == nil && w.journal != nil {
-		w.journal.void()
+	if err != nil {
+		return err
+	}
+	if w.marks {
+		err = w.storeRecordings()
+	}
+	if w.journal != nil {
+		w.journal.void() // with or without bitmaps
 	}
 	return err
 }
