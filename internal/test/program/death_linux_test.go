@@ -62,9 +62,8 @@ func (m *model) begin(first, n int, id uint64) {
 		if id != 0 {
 			v = word(id, i)
 		}
-		if !slices.Contains(m.stripes[i], v) {
-			m.stripes[i] = append(m.stripes[i], v)
-		}
+		// Last, for done: it may be there from a change that was cut short.
+		m.stripes[i] = append(slices.DeleteFunc(m.stripes[i], func(old uint64) bool { return old == v }), v)
 	}
 }
 
