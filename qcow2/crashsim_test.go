@@ -115,7 +115,7 @@ func simBlank(t testing.TB, k *simKind) []byte {
 	}
 	if len(k.bitmaps) > 0 {
 		qemu.Img(t, "bitmap", "--add", "--disable", file, "off")
-		qemu.IO(t, "qcow2", file, fmt.Sprintf("write -P 9 0 1k"), fmt.Sprintf("write -P 9 %d 1k", k.size/2))
+		qemu.IO(t, "qcow2", file, "write -P 9 0 1k", fmt.Sprintf("write -P 9 %d 1k", k.size/2))
 	}
 	b, err := os.ReadFile(file)
 	if err != nil {

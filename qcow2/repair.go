@@ -246,6 +246,11 @@ func (c *checker) separate() (bool, error) {
 	var changed span
 	for i, w := range c.l1 {
 		host := l1Entry(w).host()
+		if host == 0 && w != 0 {
+			// To its readers there is no table. Followed, it led to the header.
+			c.l1[i] = 0
+			changed.add(int64(i)*8, 8)
+		}
 		if host == 0 || c.g.within(host) != 0 || c.roles.get(host>>c.g.clusterBits) != roleMixed || host >= c.size {
 			continue
 		}
