@@ -514,14 +514,14 @@ func TestTimeout(t *testing.T) {
 // Close lets what is in flight finish, refuses what comes later, and says
 // goodbye.
 func TestClose(t *testing.T) {
-	arrived, release := make(chan struct{}), make(chan struct{})
-	var last header
+	arrived, release, last := make(chan struct{}), make(chan struct{}), make(chan header, 1)
 	client := newClient(t, testSession(Structured), Options{}, func(conn net.Conn) {
 		h, _ := readRequest(conn, Structured)
 		close(arrived)
 		<-release
 		conn.Write(structured(ReplyFlagDone, ReplyNone, h.cookie, nil))
-		last, _ = readRequest(conn, Structured)
+		h, _ = readRequest(conn, Structured)
+		last <- h
 	})
 	flushed := make(chan error, 1)
 	go func() { flushed <- client.Flush() }()
@@ -546,8 +546,8 @@ func TestClose(t *testing.T) {
 	if err := <-closed; err != nil {
 		t.Errorf("Close: %v", err)
 	}
-	if Command(last.command) != CmdDisc {
-		t.Errorf("the last request is %v", Command(last.command))
+	if h := <-last; Command(h.command) != CmdDisc {
+		t.Errorf("the last request is %v", Command(h.command))
 	}
 }
 
