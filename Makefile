@@ -12,6 +12,7 @@ OPTIONS = --read-only
 # make test, race, interop, fuzz: what to test, and for how long
 PKG      = ./...
 FUZZTIME = 10s
+SHORT    = -short
 
 # make lint: all that other systems than Linux can use
 PORTABLE = ./asif ./cmd/... ./export ./image/... ./internal/drivers ./internal/nbd ./qcow2 ./raw ./storage/...
@@ -45,8 +46,8 @@ test: judges ## install what the tests need (Debian, Ubuntu) and run them all; a
 	$(GO) run ./internal/test/strict -skips .ci/skips -- -timeout 20m $(PKG)
 
 .PHONY: race
-race: judges ## the tests under the race detector
-	$(GO) run ./internal/test/strict -skips .ci/skips -- -race -timeout 30m $(PKG)
+race: judges ## the tests under the race detector, with fewer seeds; SHORT= for all
+	$(GO) run ./internal/test/strict -skips .ci/skips -- -race $(SHORT) -timeout 40m $(PKG)
 
 .PHONY: interop
 interop: judges ## only our server with others' clients, and our client with others' servers
@@ -94,7 +95,8 @@ release: ## build/: the program for each system, reproducible, with checksums
 	cd build && sha256sum imgnbd-* >SHA256SUMS && cat SHA256SUMS
 
 .PHONY: nightly
-nightly: lint test race ## everything, in its long form
+nightly: lint test ## everything, in its long form
+	$(MAKE) race SHORT=
 	IMGNBD_CRASH=100 $(GO) test ./qcow2 -run 'TestCrash$$|TestCrashAfterFaults' -count=1 -timeout 3h
 	$(MAKE) fuzz FUZZTIME=10m
 	$(MAKE) bench BENCH=-full
