@@ -470,9 +470,10 @@ func (r *refcounts) scanUpTo(end int64) {
 }
 
 // scan looks for free clusters in the next part of the range that was there
-// when the image was opened, or that has clusters the allocator forgot. It may only be called while no free cluster is
-// known to the allocator and all changes of counts have been applied: then a
-// count of zero below the tail means free, and stays so until found.
+// when the image was opened, or that has clusters the allocator forgot. It may
+// only be called while no free cluster is known to the allocator and all
+// changes of counts have been applied: then a count of zero below the tail
+// means free, and stays so until found.
 func (r *refcounts) scan(a *allocator) error {
 	for r.scanned < r.scanEnd {
 		blk := r.scanned >> r.g.refBlockBits
