@@ -80,22 +80,24 @@ var peers = []peer{
 func (p peer) start(t testing.TB, image string) (dial func() net.Conn) {
 	t.Helper()
 	network, address := "unix", filepath.Join(t.TempDir(), "s")
-	if p.tcp {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
+	run := func() {
+		if p.tcp {
+			l, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			network, address = "tcp", l.Addr().String()
+			l.Close()
 		}
-		network, address = "tcp", l.Addr().String()
-		l.Close()
+		qemu.Start(t, p.tool(t), p.args(t, address, image)...)
 	}
-	run := func() { qemu.Start(t, p.tool(t), p.args(t, address, image)...) }
 	if !p.once {
 		run()
 	}
 	dial = func() net.Conn {
 		t.Helper()
 		if p.once {
-			run()
+			run() // on a port of its own: the last one may still listen
 		}
 		var conn net.Conn
 		var err error
