@@ -50,6 +50,10 @@ type Options struct {
 
 	Image string // what is attached, for whoever lists the devices
 
+	// DeadTimeout is how long requests to the device wait when its server has
+	// ended, before they fail: rounded up to seconds; 0: not at all.
+	DeadTimeout time.Duration
+
 	// MaxPart is the parameter max_part of the module nbd, should it have to
 	// be loaded; negative: the module's default.
 	MaxPart int
@@ -111,7 +115,7 @@ func (h *host) attach(ctx context.Context, opt Options) (_ *Attachment, err erro
 	if err != nil {
 		return nil, err
 	}
-	c.index, c.maxPart, c.backend = index, opt.MaxPart, newBackend()
+	c.index, c.maxPart, c.deadTimeout, c.backend = index, opt.MaxPart, opt.DeadTimeout, newBackend()
 	if index, err = h.connectWhenFree(ctx, c); err != nil {
 		return nil, err
 	}

@@ -21,7 +21,7 @@ const writable = nbd.FlagHasFlags | nbd.FlagSendFlush | nbd.FlagSendFUA | nbd.Fl
 
 // to returns options for a device and one peer after the other.
 func to(device string, peers ...peer) Options {
-	return Options{Device: device, Image: "/disk", Connections: len(peers), MaxPart: -1,
+	return Options{Device: device, Image: "/disk", Connections: len(peers), MaxPart: -1, DeadTimeout: 90 * time.Second,
 		Dial: func(context.Context) (net.Conn, error) {
 			p := peers[0]
 			if len(peers) > 1 {
@@ -59,7 +59,7 @@ func TestAttach(t *testing.T) {
 	if a.Path() != "/dev/nbd1" {
 		t.Error(a.Path())
 	}
-	want := config{index: 1, size: 1 << 20, blockSize: 4096, maxPart: -1, backend: a.backend,
+	want := config{index: 1, size: 1 << 20, blockSize: 4096, maxPart: -1, backend: a.backend, deadTimeout: 90 * time.Second,
 		flags: uint64(writable | nbd.FlagRotational | nbd.FlagCanMultiConn)}
 	got := *k.config
 	if len(got.conns) != 2 {

@@ -41,9 +41,12 @@ func (h *host) detachAndWait(ctx context.Context, index int, force bool) error {
 }
 
 func (h *host) detach(ctx context.Context, index int, force bool) error {
+	abandoned := h.abandoned(index)
 	held, err := h.claim(ctx, index)
 	if busy := (*BusyError)(nil); errors.As(err, &busy) && force {
-		h.syncMounts(busy.Holders)
+		if !abandoned {
+			h.syncMounts(busy.Holders)
+		}
 		held, err = h.open(h.path(index), false)
 	}
 	if err != nil {
@@ -51,7 +54,7 @@ func (h *host) detach(ctx context.Context, index int, force bool) error {
 	}
 	// While it is held nobody can mount it. Each partition has a page cache of
 	// its own.
-	if !h.abandoned(index) {
+	if !abandoned {
 		if err := h.syncAll(index, held); err != nil && !force {
 			held.Close()
 			return err

@@ -30,7 +30,8 @@ type fakeKernel struct {
 	scanErrs   []error
 
 	mu     sync.Mutex
-	config *config // of the last connect
+	config *config          // of the last connect
+	reconf *reconfiguration // the last that was accepted
 	log    []string
 	nodes  map[string]string // numbers of nodes, by path
 }
@@ -112,6 +113,17 @@ func (k *fakeKernel) connect(c *config) (int, error) {
 	k.write(name(index), "backend", c.backend)
 	k.write(name(index), "size", strconv.FormatUint((c.size+k.grows)/sector, 10))
 	return index, nil
+}
+
+func (k *fakeKernel) reconfigure(r *reconfiguration) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if !k.host.connected(r.index) || k.host.read(r.index, name(r.index), "backend") != r.backend {
+		return syscall.EINVAL
+	}
+	k.reconf = r
+	k.note("reconfigure %d", r.index)
+	return nil
 }
 
 func (k *fakeKernel) disconnect(index int) error {

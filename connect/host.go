@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // A host is where devices are: the kernel's commands, and the files in which
@@ -31,6 +32,10 @@ func newHost() (*host, error) {
 type kernel interface {
 	// connect makes a device and returns its index.
 	connect(c *config) (int, error)
+	// reconfigure gives a device new connections in place of those that have
+	// ended. Connections that there is no place for are ignored in silence:
+	// their other ends see the end at once.
+	reconfigure(r *reconfiguration) error
 	// disconnect ends the connections of a device, whoever uses it.
 	disconnect(index int) error
 	// open opens a block device for reading. An exclusive open fails with
@@ -62,6 +67,18 @@ type config struct {
 	conns     []net.Conn
 	backend   string // identifies this attachment
 	maxPart   int    // of the module; negative: its default
+
+	// deadTimeout is how long requests wait for a new connection when there is
+	// none, before they fail. The kernel counts seconds.
+	deadTimeout time.Duration
+}
+
+// A reconfiguration is what an attached device is given anew.
+type reconfiguration struct {
+	index       int
+	backend     string // of its attachment, or it is refused with EINVAL
+	conns       []net.Conn
+	deadTimeout time.Duration
 }
 
 // read returns what /sys says about a device or a partition of it, "" if it

@@ -4,10 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"os/exec"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/mdlayher/genetlink"
 	"github.com/mdlayher/netlink"
@@ -24,8 +26,9 @@ const (
 	family        = "nbd"
 	familyVersion = 1
 
-	cmdConnect    = 1
-	cmdDisconnect = 2
+	cmdConnect     = 1
+	cmdDisconnect  = 2
+	cmdReconfigure = 3
 
 	attrIndex       = 1
 	attrSize        = 2
@@ -105,36 +108,15 @@ func (linux) connect(c *config) (int, error) {
 	e.Uint64(attrSize, c.size)
 	e.Uint64(attrBlockSize, c.blockSize)
 	e.Uint64(attrTimeout, 0) // no request is given up because it is slow
-	e.Uint64(attrDeadTimeout, 0)
+	e.Uint64(attrDeadTimeout, seconds(c.deadTimeout))
 	e.Uint64(attrServerFlags, c.flags)
 	e.Uint64(attrClientFlags, 0)
 	e.String(attrBackend, c.backend)
-	var files []*os.File
-	defer func() {
-		for _, f := range files {
-			f.Close()
-		}
-	}()
-	for _, conn := range c.conns {
-		fc, ok := conn.(interface{ File() (*os.File, error) })
-		if !ok {
-			return 0, fmt.Errorf("%T is not a socket", conn)
-		}
-		f, err := fc.File()
-		if err != nil {
-			return 0, err
-		}
-		files = append(files, f)
+	release, err := addSockets(e, c.conns)
+	if err != nil {
+		return 0, err
 	}
-	e.Nested(attrSockets, func(e *netlink.AttributeEncoder) error {
-		for _, f := range files {
-			e.Nested(attrSocket, func(e *netlink.AttributeEncoder) error {
-				e.Uint32(attrSocketFD, uint32(f.Fd()))
-				return nil
-			})
-		}
-		return nil
-	})
+	defer release()
 	data, err := e.Encode()
 	if err != nil {
 		return 0, err
@@ -159,7 +141,34 @@ func (linux) connect(c *config) (int, error) {
 	return 0, errors.New("the kernel does not say which device it has taken")
 }
 
+// reconfigure sends what has to change and nothing else: each attribute that
+// is sent is applied, also where no connection is taken, and Linux 6.12 waits
+// for ever for a size that is sent to a device without a connection.
+func (linux) reconfigure(r *reconfiguration) error {
+	e := netlink.NewAttributeEncoder()
+	e.Uint32(attrIndex, uint32(r.index))
+	e.Uint64(attrDeadTimeout, seconds(r.deadTimeout))
+	e.String(attrBackend, r.backend)
+	release, err := addSockets(e, r.conns)
+	if err != nil {
+		return err
+	}
+	defer release()
+	return command(cmdReconfigure, e)
+}
+
 func (linux) disconnect(index int) error {
+	e := netlink.NewAttributeEncoder()
+	e.Uint32(attrIndex, uint32(index))
+	return command(cmdDisconnect, e)
+}
+
+// command runs a command that has no answer.
+func command(cmd uint8, e *netlink.AttributeEncoder) error {
+	data, err := e.Encode()
+	if err != nil {
+		return err
+	}
 	conn, f, err := dial()
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("%w: the kernel does not offer nbd", ErrUnavailable)
@@ -168,15 +177,46 @@ func (linux) disconnect(index int) error {
 		return err
 	}
 	defer conn.Close()
-	e := netlink.NewAttributeEncoder()
-	e.Uint32(attrIndex, uint32(index))
-	data, err := e.Encode()
-	if err != nil {
-		return err
-	}
-	_, err = conn.Execute(message(cmdDisconnect, data), f.ID, netlink.Request|netlink.Acknowledge)
+	_, err = conn.Execute(message(cmd, data), f.ID, netlink.Request|netlink.Acknowledge)
 	return cause(err)
 }
+
+// addSockets encodes connections. They are the kernel's once the command is
+// through; then release ends the hold on them that the encoding needs.
+func addSockets(e *netlink.AttributeEncoder, conns []net.Conn) (release func(), err error) {
+	var files []*os.File
+	release = func() {
+		for _, f := range files {
+			f.Close()
+		}
+	}
+	for _, conn := range conns {
+		fc, ok := conn.(interface{ File() (*os.File, error) })
+		if !ok {
+			release()
+			return nil, fmt.Errorf("%T is not a socket", conn)
+		}
+		f, err := fc.File()
+		if err != nil {
+			release()
+			return nil, err
+		}
+		files = append(files, f)
+	}
+	e.Nested(attrSockets, func(e *netlink.AttributeEncoder) error {
+		for _, f := range files {
+			e.Nested(attrSocket, func(e *netlink.AttributeEncoder) error {
+				e.Uint32(attrSocketFD, uint32(f.Fd()))
+				return nil
+			})
+		}
+		return nil
+	})
+	return release, nil
+}
+
+// seconds rounds up: 0 means not to wait at all.
+func seconds(d time.Duration) uint64 { return uint64((d + time.Second - 1) / time.Second) }
 
 func message(cmd uint8, data []byte) genetlink.Message {
 	return genetlink.Message{Header: genetlink.Header{Command: cmd, Version: familyVersion}, Data: data}

@@ -21,6 +21,7 @@ type connectOptions struct {
 	disconnect  bool
 	connections int
 	maxPart     int // negative: the module's default
+	deadTimeout time.Duration
 	force       bool
 }
 
@@ -33,7 +34,7 @@ func (c *connectOptions) check(o *serveOptions) error {
 	case c.disconnect:
 		name = "disconnect"
 	case c.device == "":
-		for _, only := range []string{"connections", "max-part", "force"} {
+		for _, only := range []string{"connections", "max-part", "dead-timeout", "force"} {
 			if o.flags.Changed(only) {
 				return fmt.Errorf("--%s goes with --connect or --disconnect", only)
 			}
@@ -137,6 +138,7 @@ func (s *service) attach(exportName string) (*connect.Attachment, error) {
 		Export:      exportName,
 		Connections: s.opt.connect.connections,
 		MaxPart:     s.opt.connect.maxPart,
+		DeadTimeout: s.opt.connect.deadTimeout,
 		Image:       name,
 		Dial: func(context.Context) (net.Conn, error) {
 			ours, theirs, err := socketPair()

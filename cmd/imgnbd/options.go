@@ -99,7 +99,7 @@ func newServeOptions() *serveOptions {
 	fs := pflag.NewFlagSet("", pflag.ContinueOnError)
 	fs.SortFlags = false
 	o := &serveOptions{flags: fs, shared: 1, handshake: 10 * time.Second,
-		connect: connectOptions{connections: 1, maxPart: -1}}
+		connect: connectOptions{connections: 1, maxPart: -1, deadTimeout: time.Minute}}
 
 	flag(fs, "help", "h", func() error { return errHelp })
 	flag(fs, "version", "V", func() error { return errVersion })
@@ -228,9 +228,17 @@ func newServeOptions() *serveOptions {
 		o.connect.maxPart = int(n)
 		return nil
 	})
+	value(fs, "dead-timeout", "", func(s string) error {
+		n, err := cInt(s, 32)
+		if err != nil || n < 0 {
+			return fmt.Errorf("--dead-timeout=%s is not a number of seconds", s)
+		}
+		o.connect.deadTimeout = time.Duration(n) * time.Second
+		return nil
+	})
 	fs.BoolVar(&o.connect.force, "force", false, "")
 	value(fs, "journal", "", o.journal.set)
-	for _, name := range []string{"journal", "stdio", "run", "vsock", "backing", "backing-dir", "tls-mode", "allow", "deny", "allow-file", "socket-mode", "connections", "max-part", "force"} {
+	for _, name := range []string{"journal", "stdio", "run", "vsock", "backing", "backing-dir", "tls-mode", "allow", "deny", "allow-file", "socket-mode", "connections", "max-part", "dead-timeout", "force"} {
 		fs.SetAnnotation(name, own, nil)
 	}
 	return o

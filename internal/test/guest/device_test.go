@@ -270,7 +270,7 @@ truncate -s 64M disk.raw
 printf ',\n' | sfdisk -q disk.raw
 mkdir m
 for connections in 1 3; do
-    imgnbd -c /dev/nbd0 --connections=$connections -f raw disk.raw
+    imgnbd -c /dev/nbd0 --connections=$connections --dead-timeout=0 -f raw disk.raw
     mkfs.ext4 -q -F /dev/nbd0p1
     mount /dev/nbd0p1 m
     fill m
