@@ -35,6 +35,7 @@ type OpenOptions struct {
 	NoLock   bool          // look at an image that somebody else may be writing
 	Timeout  time.Duration // bound of one operation of a remote store; 0: its default
 	Params   []Param       // the format's own options
+	Unmap    bool          // see Options
 }
 
 // Open opens an image, by a name as QEMU takes it: a path, PROTOCOL:..., or

@@ -56,6 +56,7 @@ type Options struct {
 	ReadOnly bool
 	Refs     Opener       // opens what the image names; nil refuses everything
 	Params   []Param      // the format's own options; an unknown key is an error
+	Unmap    bool         // what is given up goes back to the host, as with QEMU's discard=unmap
 	Warn     func(string) // told of what the user should know; may be nil
 
 	// Journal is memory that outlives the process, such as a shared mapping of

@@ -130,6 +130,7 @@ func (l *layer) openFormat(ctx context.Context, s storage.Store, f *Format, opt 
 		ReadOnly: opt.ReadOnly,
 		Refs:     l,
 		Params:   src.params,
+		Unmap:    opt.Unmap,
 		Warn:     l.chain.Warn,
 	}
 	if opt.ReadOnly {

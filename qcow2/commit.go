@@ -40,10 +40,10 @@ type committer struct {
 	defects *defects
 
 	// Of the committer's goroutine.
-	counts  []countChange // taken from the allocator, not carried out
-	kept    []reference   // dropped by entries that are still to be made durable
-	grace   []graceItem   // dropped durably, perhaps still known to requests
-	discard bool          // tell the store of clusters that became free
+	counts []countChange // taken from the allocator, not carried out
+	kept   []reference   // dropped by entries that are still to be made durable
+	grace  []graceItem   // dropped durably, perhaps still known to requests
+	unmap  bool          // give the host back the space that requests gave up
 
 	mu     sync.Mutex
 	next   *ticket // of the next batch
@@ -405,12 +405,12 @@ func (c *committer) settle(b *batch, err error) {
 			if h := t.old.host(); h != 0 {
 				r := hostRun{h >> c.g.clusterBits, 1}
 				c.tables.drop(r)
-				c.grace = append(c.grace, graceItem{reference{r, true}, epoch})
+				c.grace = append(c.grace, graceItem{reference{hostRun: r, shared: true}, epoch})
 			}
 		}
 		if old.n > 0 {
 			c.tables.drop(old)
-			c.grace = append(c.grace, graceItem{reference{old, false}, epoch})
+			c.grace = append(c.grace, graceItem{reference{hostRun: old}, epoch})
 		}
 		if c.journal != nil {
 			c.journal.discard(b.journalEnd)
@@ -440,11 +440,11 @@ func (c *committer) reclaim() error {
 			return nil
 		}
 		if item.shared {
-			if err := c.lowerShared(&item.hostRun); err != nil {
+			if err := c.lowerShared(&item.hostRun, item.unwanted); err != nil {
 				return err
 			}
 		} else if !c.defects.lowerEarly {
-			c.free(item.hostRun)
+			c.free(item.hostRun, item.unwanted)
 		} else {
 			c.alloc.found(item.hostRun)
 		}
@@ -455,12 +455,12 @@ func (c *committer) reclaim() error {
 
 // lowerShared takes one reference from each cluster of r, and frees those that
 // had no other. What is done is cut off r.
-func (c *committer) lowerShared(r *hostRun) error {
+func (c *committer) lowerShared(r *hostRun, unwanted bool) error {
 	for r.n > 0 {
 		n, err := c.refs.count(r.first)
 		if err == nil {
 			if n == 1 {
-				c.free(hostRun{r.first, 1})
+				c.free(hostRun{r.first, 1}, unwanted)
 			} else {
 				_, err = c.refs.add(r.first, -1)
 			}
@@ -474,9 +474,10 @@ func (c *committer) lowerShared(r *hostRun) error {
 	return nil
 }
 
-// free gives clusters back to the allocator, and their space to the host.
-func (c *committer) free(r hostRun) {
-	if c.discard {
+// free gives clusters back to the allocator, and to the host the space of those
+// that requests gave up. What fell free otherwise is about to be used again.
+func (c *committer) free(r hostRun, unwanted bool) {
+	if c.unmap && unwanted {
 		// Advice: what the host does with it is its own affair.
 		_ = c.store.Discard(r.first<<c.g.clusterBits, r.n<<c.g.clusterBits)
 	}

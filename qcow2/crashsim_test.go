@@ -214,7 +214,7 @@ type simStored struct {
 // open opens the image in a store as the sim does, and notes in log what
 // happens to its journal.
 func (s *sim) open(store, data storage.Store, journal []byte, log *storagetest.Log) (*Image, error) {
-	opt := image.Options{Refs: simRefs{s.backing, data}, Journal: journal}
+	opt := image.Options{Refs: simRefs{s.backing, data}, Unmap: true, Journal: journal}
 	if s.kind.l2cache != "" {
 		opt.Params = []image.Param{{Key: "l2-cache-size", Value: s.kind.l2cache}}
 	}

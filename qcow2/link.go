@@ -24,7 +24,8 @@ type claim struct {
 // that durable and no request can know of them any more.
 type reference struct {
 	hostRun
-	shared bool // the count may be above one
+	shared   bool // the count may be above one
+	unwanted bool // zeroed or discarded, not replaced
 }
 
 // A change is what a slice has to remember while its entries are changed.
@@ -272,20 +273,21 @@ func (c *changes) drop(s *slice, old, now l2Entry) {
 	if g.dataFile {
 		return // nothing in a data file is counted
 	}
+	unwanted := now.host() == 0 && !now.compressed()
 	if old.compressed() {
 		host, n := g.compressed(old)
 		first := host >> g.clusterBits
 		last := (host + n - 1) >> g.clusterBits
-		s.dropped = append(s.dropped, reference{hostRun{first, last - first + 1}, true})
+		s.dropped = append(s.dropped, reference{hostRun{first, last - first + 1}, true, unwanted})
 		return // neighbours may share a cluster, so these are not merged
 	}
 	if host := old.host(); host != 0 && (now.compressed() || host != now.host()) {
-		ref := reference{hostRun{host >> g.clusterBits, 1}, !old.copied()}
+		ref := reference{hostRun{host >> g.clusterBits, 1}, !old.copied(), unwanted}
 		if c.defects.reuseAtOnce {
 			c.alloc.give(ref.hostRun)
 			return
 		}
-		if k := len(s.dropped) - 1; k >= 0 && s.dropped[k].shared == ref.shared && s.dropped[k].end() == ref.first {
+		if k := len(s.dropped) - 1; k >= 0 && s.dropped[k].shared == ref.shared && s.dropped[k].unwanted == unwanted && s.dropped[k].end() == ref.first {
 			s.dropped[k].n++
 			return
 		}

@@ -257,7 +257,7 @@ func (w *writer) storeRecordings() error {
 			return err
 		}
 		for k := range r.old {
-			if err := c.lowerShared(&r.old[k]); err != nil {
+			if err := c.lowerShared(&r.old[k], false); err != nil {
 				return err
 			}
 		}

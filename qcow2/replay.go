@@ -194,7 +194,7 @@ func (t *takeover) link() error {
 			t.alloc.give(r)
 			continue
 		}
-		t.commit.kept = append(t.commit.kept, reference{r, false})
+		t.commit.kept = append(t.commit.kept, reference{r, false, true})
 	}
 	return t.commit.once()
 }

@@ -86,7 +86,7 @@ func TestFaults(t *testing.T) {
 			for k := 1; ; k++ {
 				mem := storagetest.MemOf(blank)
 				store := storagetest.Fault(mem, nil)
-				im, err := Open(context.Background(), store, image.Options{})
+				im, err := Open(context.Background(), store, image.Options{Unmap: true})
 				if err != nil {
 					t.Fatal(err)
 				}

@@ -105,7 +105,7 @@ func (r *writeRecipe) make(t testing.TB) (file string, content []byte) {
 }
 
 func openToWrite(file string) (image.Device, error) {
-	return chain().Open(context.Background(), file, image.OpenOptions{Format: "qcow2"})
+	return chain().Open(context.Background(), file, image.OpenOptions{Format: "qcow2", Unmap: true})
 }
 
 func (r *writeRecipe) target() imagetest.Target {

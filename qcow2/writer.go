@@ -79,8 +79,8 @@ func newWriter(d *disk, h *header, bitmaps []bitmap, opt *image.Options, hooks *
 	w.commit = &committer{
 		tables: tables,
 		store:  d.store, g: g, changes: w.changes, alloc: w.alloc, refs: refs, epochs: d.epochs, defects: defects,
-		discard: info.Discard,
-		next:    newTicket(), wake: make(chan struct{}, 1), done: make(chan struct{}),
+		unmap: opt.Unmap && info.Discard,
+		next:  newTicket(), wake: make(chan struct{}, 1), done: make(chan struct{}),
 	}
 	w.changes.crowded = func() { w.commit.ask() }
 	w.changes.crowd = d.mapping.cache.capacity() / 2

@@ -36,7 +36,7 @@ func overlay(ctx context.Context, base image.Device) (_ image.Device, err error)
 	})
 	if err == nil {
 		var top image.Device
-		if top, err = f.Open(ctx, s, image.Options{Name: "temporary overlay", Refs: only{base}}); err == nil {
+		if top, err = f.Open(ctx, s, image.Options{Name: "temporary overlay", Refs: only{base}, Unmap: true}); err == nil {
 			return top, nil
 		}
 	}

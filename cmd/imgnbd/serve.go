@@ -111,6 +111,7 @@ func (o *serveOptions) open(ctx context.Context, u *ui, file string) (image.Devi
 	}
 	t.opt.ReadOnly = o.readOnly || o.snapshot != nil || o.temporary
 	t.opt.Direct = o.cache.direct
+	t.opt.Unmap = o.discard
 	chain := o.images.chain(u)
 	chain.Journals = o.journal.journals(u, o.fork)
 	dev, err := t.open(ctx, chain)
