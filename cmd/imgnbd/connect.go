@@ -99,7 +99,7 @@ func (s *service) runConnected() (err error) {
 			err = errors.Join(err, a.Close())
 		}
 	}()
-	e, err := s.opt.export(s.device)
+	e, err := s.opt.export(s.file, s.device)
 	if err != nil {
 		return err
 	}

@@ -36,6 +36,7 @@ type serveOptions struct {
 	// What is shown to them.
 	exportName, description string
 	offset                  int64
+	partition               int // that is all that is shown; 0: the whole image
 	depth                   bool
 	bitmaps                 []string
 	snapshot                *image.SnapshotSelector
@@ -211,6 +212,7 @@ func newServeOptions() *serveOptions {
 		o.socketMode = &n
 		return nil
 	})
+	addPartition(fs, &o.partition)
 	o.images.addBacking(fs)
 	value(fs, "connections", "", func(s string) error {
 		n, err := cInt(s, 16)
@@ -238,7 +240,7 @@ func newServeOptions() *serveOptions {
 	})
 	fs.BoolVar(&o.connect.force, "force", false, "")
 	value(fs, "journal", "", o.journal.set)
-	for _, name := range []string{"journal", "stdio", "run", "vsock", "backing", "backing-dir", "tls-mode", "allow", "deny", "allow-file", "socket-mode", "connections", "max-part", "dead-timeout", "force"} {
+	for _, name := range []string{"journal", "stdio", "run", "vsock", "partition", "backing", "backing-dir", "tls-mode", "allow", "deny", "allow-file", "socket-mode", "connections", "max-part", "dead-timeout", "force"} {
 		fs.SetAnnotation(name, own, nil)
 	}
 	return o

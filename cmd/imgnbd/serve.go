@@ -91,7 +91,7 @@ func (o *serveOptions) check(operands []string) error {
 	for _, pair := range [][2]string{
 		{"stdio", "socket"}, {"stdio", "port"}, {"stdio", "bind"}, {"stdio", "vsock"}, {"stdio", "fork"},
 		{"stdio", "run"}, {"stdio", "list"}, {"run", "fork"}, {"run", "list"}, {"vsock", "socket"},
-		{"vsock", "bind"}, {"vsock", "list"},
+		{"vsock", "bind"}, {"vsock", "list"}, {"partition", "offset"}, {"partition", "list"}, {"partition", "disconnect"},
 	} {
 		if o.flags.Changed(pair[0]) && o.flags.Changed(pair[1]) {
 			return fmt.Errorf("--%s and --%s exclude each other", pair[0], pair[1])
@@ -184,17 +184,22 @@ func (o *serveOptions) openSnapshot(dev image.Device) (image.Device, error) {
 	return snap, nil
 }
 
-// export says how dev is shown.
-func (o *serveOptions) export(dev image.Device) (*export.Export, error) {
+// export says how dev is shown, or the part of it that was asked for.
+func (o *serveOptions) export(file string, dev image.Device) (*export.Export, error) {
 	info := dev.Info()
 	if o.offset > info.Size {
 		return nil, says("Offset (%d) cannot be greater than size of the containing file (%d)", o.offset, info.Size)
+	}
+	off, length, err := findPartition(file, dev, o.partition)
+	if err != nil {
+		return nil, err
 	}
 	return &export.Export{
 		Name:            o.exportName,
 		Description:     o.description,
 		Device:          dev,
-		Offset:          o.offset,
+		Offset:          o.offset + off,
+		Length:          length,
 		ReadOnly:        o.readOnly || info.ReadOnly,
 		MultiConn:       o.shared != 1,
 		AllocationDepth: o.depth,

@@ -161,7 +161,7 @@ func TestOddOffset(t *testing.T) {
 	if _, err := scan(o.flags, []string{"-o", "513"}); err != nil {
 		t.Fatal(err)
 	}
-	e, err := o.export(&recorder{})
+	e, err := o.export("disk", &recorder{})
 	if err != nil || e.Offset != 513 || e.Length != 0 {
 		t.Errorf("%+v, %v", e, err)
 	}

@@ -58,7 +58,7 @@ func (s *service) run(passed *os.File) (err error) {
 			err = e
 		}
 	}()
-	e, err := s.opt.export(s.device)
+	e, err := s.opt.export(s.file, s.device)
 	if err != nil {
 		return err
 	}

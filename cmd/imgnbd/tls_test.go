@@ -131,7 +131,7 @@ func startTLS(t *testing.T, args ...string) (socket string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e, err := o.export(dev)
+	e, err := o.export("disk", dev)
 	if err != nil {
 		t.Fatal(err)
 	}
