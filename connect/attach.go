@@ -16,6 +16,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -46,13 +47,27 @@ type Options struct {
 	// result is a TCP or Unix stream socket; Attach owns it.
 	Dial        func(ctx context.Context) (net.Conn, error)
 	Export      string // name of the export there
+	NoGo        bool   // it is not asked for by option GO
 	Connections int    // 0: one. More need an export that tells MULTI_CONN
 
-	Image string // what is attached, for whoever lists the devices
+	// Image and Server say what is attached, for whoever lists the devices: an
+	// image that this process serves, or the server that Dial connects to. For
+	// a server the Attachment is to be tended.
+	Image, Server string
+
+	ReadOnly  bool  // also where the server allows writes
+	BlockSize int   // logical, bytes: 512 to 4096, a power of 2; 0: the least that the export allows
+	Size      int64 // bytes; 0: that of the export
+
+	// Timeout is how long a request may take until its connection is given up:
+	// rounded up to seconds. 0: with one connection, for ever.
+	Timeout time.Duration
 
 	// DeadTimeout is how long requests to the device wait when its server has
 	// ended, before they fail: rounded up to seconds; 0: not at all.
 	DeadTimeout time.Duration
+
+	Log *slog.Logger // what Tend has to say; nil: nowhere
 
 	// MaxPart is the parameter max_part of the module nbd, should it have to
 	// be loaded; negative: the module's default.
@@ -62,13 +77,23 @@ type Options struct {
 // An Attachment is a device that Attach has made.
 type Attachment struct {
 	host    *host
+	opt     Options
 	index   int
 	backend string
 	record  *record
+
+	// Of a server's export only: what all its connections have agreed on, what
+	// is seen of them, and those that this process has a part in.
+	session *nbd.Session
+	lines   lines
+	relays  relays
 }
 
 // Path returns the name of the device.
 func (a *Attachment) Path() string { return a.host.path(a.index) }
+
+// Size returns the size of the device in bytes.
+func (a *Attachment) Size() uint64 { return a.host.size(a.index) }
 
 // Detach flushes the device and takes it from the kernel, as the function
 // Detach does. The servers of its connections see an orderly end. If somebody
@@ -81,8 +106,18 @@ func (a *Attachment) Detach(ctx context.Context, force bool) error {
 }
 
 // Close tells others that the server has finished: Detach in another process
-// waits for that. It is called last, when the image is closed.
-func (a *Attachment) Close() error { return a.record.close() }
+// waits for that. It is called last, when the image is closed. A device whose
+// server has left it stays marked as such.
+func (a *Attachment) Close() error {
+	if a.lines != nil {
+		a.lines.close()
+	}
+	if a.record.Away && a.host.read(a.index, name(a.index), "backend") == a.backend {
+		return a.record.f.Close()
+	}
+	a.relays.wait()
+	return a.record.close()
+}
 
 // Attach connects an export to the kernel. It returns when the device can be
 // used: it has its size, and for every partition of its table there is a node.
@@ -104,7 +139,11 @@ func (h *host) attach(ctx context.Context, opt Options) (_ *Attachment, err erro
 			return nil, err
 		}
 	}
-	c, conns, err := negotiate(ctx, opt)
+	if opt.Log == nil {
+		opt.Log = slog.New(slog.DiscardHandler)
+	}
+	a := &Attachment{host: h, opt: opt, backend: newBackend()}
+	conns, err := a.negotiate(ctx)
 	defer func() {
 		// The kernel has its own hold on the sockets. With ours they would
 		// not end when its does.
@@ -115,32 +154,96 @@ func (h *host) attach(ctx context.Context, opt Options) (_ *Attachment, err erro
 	if err != nil {
 		return nil, err
 	}
-	c.index, c.maxPart, c.deadTimeout, c.backend = index, opt.MaxPart, opt.DeadTimeout, newBackend()
-	if index, err = h.connectWhenFree(ctx, c); err != nil {
+	c, err := opt.config(a.session)
+	if err != nil {
 		return nil, err
 	}
-	a := &Attachment{host: h, index: index, backend: c.backend}
+	c.index, c.conns, c.backend = index, conns, a.backend
+	if a.index, err = h.connectWhenFree(ctx, c); err != nil {
+		return nil, err
+	}
 	defer func() {
 		if err == nil {
 			return
 		}
-		err = errors.Join(err, h.disconnect(index))
+		err = errors.Join(err, h.disconnect(a.index))
 		if a.record != nil {
 			a.record.close()
 		}
+		if a.lines != nil {
+			a.lines.close()
+		}
 	}()
-	if a.record, err = h.newRecord(ctx, index, Record{
-		Backend: c.backend, PID: os.Getpid(), Image: opt.Image, Connections: len(conns),
+	if a.record, err = h.newRecord(ctx, a.index, Record{
+		Backend: a.backend, PID: os.Getpid(), Image: opt.Image, Server: opt.Server, Connections: len(conns),
+		Direct: opt.Server != "" && !a.relays.used,
 	}); err != nil {
 		return nil, err
 	}
-	if err := h.setRequestTimer(index, len(conns)); err != nil {
+	if opt.Server != "" {
+		if a.lines, err = h.watch(conns); err != nil {
+			return nil, err
+		}
+	}
+	if err := h.setRequestTimer(a.index, &opt); err != nil {
 		return nil, err
 	}
-	if err := h.awaitReady(ctx, index, c.size); err != nil {
+	if err := h.awaitReady(ctx, a.index, c.size); err != nil {
 		return nil, err
 	}
 	return a, nil
+}
+
+// negotiate opens the connections and finds what they are connected to. They
+// are the caller's to close, also on an error.
+func (a *Attachment) negotiate(ctx context.Context) (conns []net.Conn, err error) {
+	export := a.opt.Export
+	for range max(a.opt.Connections, 1) {
+		if len(conns) == 1 && a.session.Flags&nbd.FlagCanMultiConn == 0 {
+			return conns, fmt.Errorf("export '%s' allows one connection, not %d", export, a.opt.Connections)
+		}
+		conn, s, err := a.open(ctx)
+		if err != nil {
+			return conns, err
+		}
+		conns = append(conns, conn)
+		if a.session == nil {
+			a.session = s
+		}
+		if !same(a.session, s) {
+			return conns, fmt.Errorf("export '%s' changed between two connections: %s; then %s", export, terms(a.session), terms(s))
+		}
+	}
+	return conns, nil
+}
+
+// open opens one connection, as it is for the kernel.
+func (a *Attachment) open(ctx context.Context) (net.Conn, *nbd.Session, error) {
+	conn, err := a.opt.Dial(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	s, err := nbd.Handshake(ctx, conn, nbd.Options{Export: a.opt.Export, Protocol: nbd.Simple, NoGo: a.opt.NoGo})
+	if err != nil {
+		conn.Close()
+		return nil, nil, err
+	}
+	if ours, err := a.relays.socket(conn); err != nil {
+		conn.Close()
+		return nil, nil, err
+	} else {
+		return ours, s, nil
+	}
+}
+
+// same reports whether two connections lead to exports that look the same.
+func same(a, b *nbd.Session) bool {
+	return a.Size == b.Size && a.Flags == b.Flags && a.BlockSize.Min == b.BlockSize.Min
+}
+
+// terms is what same compares.
+func terms(s *nbd.Session) string {
+	return fmt.Sprintf("%d bytes, flags %#x, blocks of %d", s.Size, uint16(s.Flags), s.BlockSize.Min)
 }
 
 // kernelFlags are the transmission flags that a kernel knows.
@@ -153,44 +256,38 @@ const (
 	maxBlockSize = 4096
 )
 
-// negotiate opens the connections and finds what they are connected to. The
-// connections are the caller's to close, also on an error.
-func negotiate(ctx context.Context, opt Options) (*config, []net.Conn, error) {
-	var conns []net.Conn
-	var first *nbd.Session
-	for range max(opt.Connections, 1) {
-		conn, err := opt.Dial(ctx)
-		if err != nil {
-			return nil, conns, err
-		}
-		conns = append(conns, conn)
-		s, err := nbd.Handshake(ctx, conn, nbd.Options{Export: opt.Export, Protocol: nbd.Simple})
-		if err != nil {
-			return nil, conns, err
-		}
-		if first == nil {
-			first = s
-		}
-		if s.Size != first.Size || s.Flags != first.Flags {
-			return nil, conns, fmt.Errorf("export '%s' changed between two connections: %d bytes, flags %#x; then %d, %#x",
-				opt.Export, first.Size, first.Flags, s.Size, s.Flags)
-		}
-	}
+// config is what the kernel is told of an export.
+func (o *Options) config(s *nbd.Session) (*config, error) {
+	least := max(sector, uint64(s.BlockSize.Min))
 	c := &config{
-		blockSize: max(sector, uint64(first.BlockSize.Min)),
-		flags:     uint64(first.Flags & kernelFlags),
-		conns:     conns,
+		blockSize:   least,
+		flags:       uint64(s.Flags & kernelFlags),
+		maxPart:     o.MaxPart,
+		timeout:     o.Timeout,
+		deadTimeout: o.DeadTimeout,
 	}
-	c.size = uint64(first.Size) &^ (c.blockSize - 1)
+	if o.BlockSize != 0 {
+		c.blockSize = uint64(o.BlockSize)
+	}
+	if o.ReadOnly {
+		c.flags |= uint64(nbd.FlagReadOnly)
+	}
+	size := s.Size
+	if o.Size != 0 {
+		size = o.Size
+	}
+	c.size = uint64(size) &^ (c.blockSize - 1)
 	switch {
-	case c.blockSize > maxBlockSize:
-		return nil, conns, fmt.Errorf("export '%s' has blocks of %d bytes, a device at most of %d", opt.Export, c.blockSize, maxBlockSize)
+	case least > maxBlockSize:
+		return nil, fmt.Errorf("export '%s' has blocks of %d bytes, a device at most of %d", o.Export, least, maxBlockSize)
+	case c.blockSize > maxBlockSize || c.blockSize&(c.blockSize-1) != 0 || c.blockSize < least:
+		return nil, fmt.Errorf("blocks of %d bytes: for export '%s' a power of 2 from %d to %d is possible", c.blockSize, o.Export, least, maxBlockSize)
+	case size > s.Size:
+		return nil, fmt.Errorf("export '%s' has %d bytes, less than %d", o.Export, s.Size, size)
 	case c.size == 0:
-		return nil, conns, fmt.Errorf("export '%s' has %d bytes, less than a block", opt.Export, first.Size)
-	case len(conns) > 1 && first.Flags&nbd.FlagCanMultiConn == 0:
-		return nil, conns, fmt.Errorf("export '%s' allows one connection, not %d", opt.Export, len(conns))
+		return nil, fmt.Errorf("export '%s' has %d bytes, less than a block", o.Export, size)
 	}
-	return c, conns, nil
+	return c, nil
 }
 
 // connectWhenFree tries again while the device is merely open somewhere, which
@@ -233,11 +330,17 @@ func attachError(c *config, path string, err error) error {
 }
 
 // setRequestTimer sets how long a request may take until the kernel looks
-// after it. With one connection it only looks whether that has been replaced;
-// with several it gives up the one that has not answered.
-func (h *host) setRequestTimer(index, conns int) error {
+// after it. With one connection it only looks whether that has been replaced,
+// and sends the request again; with several it gives up the one that has not
+// answered. That is a loss unless somebody opens another.
+func (h *host) setRequestTimer(index int, opt *Options) error {
 	timer := time.Second
-	if conns > 1 {
+	switch {
+	case opt.Timeout > 0:
+		return nil // the kernel has set it
+	case opt.Connections > 1 && opt.Server != "":
+		timer = 30 * time.Second
+	case opt.Connections > 1:
 		timer = 5 * time.Minute
 	}
 	return os.WriteFile(filepath.Join(h.sys, name(index), "queue/io_timeout"),

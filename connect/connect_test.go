@@ -75,7 +75,7 @@ func TestAttach(t *testing.T) {
 	if got := h.read(1, "nbd1", "queue/io_timeout"); got != "300000" {
 		t.Errorf("io_timeout %s", got)
 	}
-	d := Device{Path: "/dev/nbd1", Size: 1 << 20, Image: "/disk", Connections: 2, PID: os.Getpid(),
+	d := Device{Path: "/dev/nbd1", Size: 1 << 20, Image: "/disk", Connections: 2, PID: os.Getpid(), State: Live,
 		Partitions: []Partition{{"/dev/nbd1p1", 1 << 20, 51200}, {"/dev/nbd1p2", 1 << 20, 51200}}}
 	if diff := cmp.Diff([]Device{d}, h.devices()); diff != "" {
 		t.Error(diff)
@@ -125,7 +125,7 @@ func TestAttachAny(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "whose server has ended") {
 		t.Error(err)
 	}
-	if d := h.devices(); len(d) != 2 || !d[0].Dead || d[1].Dead {
+	if d := h.devices(); len(d) != 2 || d[0].State != Dead || d[1].State != Live {
 		t.Errorf("%+v", d)
 	}
 }
@@ -316,7 +316,7 @@ func TestForeignRecord(t *testing.T) {
 	k.write("nbd2", "size", "8")
 	k.file("run/nbd2.json", `{"backend":"imgnbd:OLD","pid":1,"image":"/old","connections":1}`)
 	k.file(fmt.Sprintf("proc/%d/comm", os.Getpid()), "qemu-nbd\n")
-	want := []Device{{Path: "/dev/nbd2", Size: 4096, PID: os.Getpid(), Program: "qemu-nbd"}}
+	want := []Device{{Path: "/dev/nbd2", Size: 4096, PID: os.Getpid(), Program: "qemu-nbd", State: Live}}
 	if diff := cmp.Diff(want, h.devices()); diff != "" {
 		t.Error(diff)
 	}

@@ -41,7 +41,7 @@ func (h *host) detachAndWait(ctx context.Context, index int, force bool) error {
 }
 
 func (h *host) detach(ctx context.Context, index int, force bool) error {
-	abandoned := h.abandoned(index)
+	abandoned := h.abandoned(index, force)
 	held, err := h.claim(ctx, index)
 	if busy := (*BusyError)(nil); errors.As(err, &busy) && force {
 		if !abandoned {
@@ -68,11 +68,12 @@ func (h *host) detach(ctx context.Context, index int, force bool) error {
 	return h.awaitFree(ctx, index)
 }
 
-// abandoned reports whether there is nobody who could take what is flushed.
-func (h *host) abandoned(index int) bool {
+// abandoned reports whether there is nobody who could take what is flushed. By
+// force, nobody waits for a server that may come back.
+func (h *host) abandoned(index int, force bool) bool {
 	s := h.server(index)
 	defer s.close()
-	return s.dead()
+	return s.dead() || force && s.Away
 }
 
 // claim opens the device so that nobody else can use it but by opening it.

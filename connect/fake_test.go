@@ -1,6 +1,7 @@
 package connect
 
 import (
+	"context"
 	"encoding/binary"
 	"fmt"
 	"io"
@@ -31,7 +32,8 @@ type fakeKernel struct {
 
 	mu     sync.Mutex
 	config *config          // of the last connect
-	reconf *reconfiguration // the last that was accepted
+	reconf *reconfiguration // the last with connections that was accepted
+	lines  fakeLines
 	log    []string
 	nodes  map[string]string // numbers of nodes, by path
 }
@@ -39,7 +41,7 @@ type fakeKernel struct {
 // newFake returns a host with devices nbd0 to nbd3.
 func newFake(t *testing.T) (*host, *fakeKernel) {
 	dir := t.TempDir()
-	k := &fakeKernel{t: t, nodes: map[string]string{}}
+	k := &fakeKernel{t: t, nodes: map[string]string{}, lines: make(fakeLines, 100)}
 	k.host = &host{kernel: k, sys: dir + "/sys", dev: "/dev", proc: dir + "/proc", run: dir + "/run"}
 	for i := range 4 {
 		k.write(name(i), "size", "0")
@@ -121,16 +123,36 @@ func (k *fakeKernel) reconfigure(r *reconfiguration) error {
 	if !k.host.connected(r.index) || k.host.read(r.index, name(r.index), "backend") != r.backend {
 		return syscall.EINVAL
 	}
-	k.reconf = r
-	k.note("reconfigure %d", r.index)
+	if len(r.conns) > 0 {
+		k.reconf = r
+		k.note("reconfigure %d", r.index)
+	}
 	return nil
 }
+
+// fakeLines are the places of connections that have ended.
+type fakeLines chan int
+
+func (k *fakeKernel) watch([]net.Conn) (lines, error) { return k.lines, nil }
+
+func (l fakeLines) wait(ctx context.Context) ([]int, error) {
+	select {
+	case i := <-l:
+		return []int{i}, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+func (l fakeLines) set(int, net.Conn) error { return nil }
+func (l fakeLines) close()                  {}
 
 func (k *fakeKernel) disconnect(index int) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.note("disconnect %d", index)
 	k.table = nil
+	k.lines <- 0
 	os.Remove(filepath.Join(k.host.sys, name(index), "pid"))
 	os.Remove(filepath.Join(k.host.sys, name(index), "backend"))
 	k.write(name(index), "size", "0")

@@ -1,6 +1,7 @@
 package connect
 
 import (
+	"context"
 	"net"
 	"os"
 	"path/filepath"
@@ -36,6 +37,8 @@ type kernel interface {
 	// ended. Connections that there is no place for are ignored in silence:
 	// their other ends see the end at once.
 	reconfigure(r *reconfiguration) error
+	// watch looks after connections that a device has been given.
+	watch(conns []net.Conn) (lines, error)
 	// disconnect ends the connections of a device, whoever uses it.
 	disconnect(index int) error
 	// open opens a block device for reading. An exclusive open fails with
@@ -55,6 +58,17 @@ type block interface {
 	Close() error
 }
 
+// lines are the connections of a device, as far as they can be seen while the
+// kernel uses them. They are used by one goroutine.
+type lines interface {
+	// wait returns the places of those that have ended, on either side, or why
+	// there is no more waiting. Each end is told once.
+	wait(ctx context.Context) ([]int, error)
+	// set watches conn in the place of one that has ended.
+	set(place int, conn net.Conn) error
+	close()
+}
+
 const anyIndex = -1
 
 // A config is all that a device can be told. Attributes stick to a device of
@@ -67,6 +81,10 @@ type config struct {
 	conns     []net.Conn
 	backend   string // identifies this attachment
 	maxPart   int    // of the module; negative: its default
+
+	// timeout is how long a request may take until its connection is given up;
+	// 0: see setRequestTimer. The kernel counts seconds.
+	timeout time.Duration
 
 	// deadTimeout is how long requests wait for a new connection when there is
 	// none, before they fail. The kernel counts seconds.

@@ -107,7 +107,7 @@ func (linux) connect(c *config) (int, error) {
 	}
 	e.Uint64(attrSize, c.size)
 	e.Uint64(attrBlockSize, c.blockSize)
-	e.Uint64(attrTimeout, 0) // no request is given up because it is slow
+	e.Uint64(attrTimeout, seconds(c.timeout))
 	e.Uint64(attrDeadTimeout, seconds(c.deadTimeout))
 	e.Uint64(attrServerFlags, c.flags)
 	e.Uint64(attrClientFlags, 0)
@@ -189,6 +189,9 @@ func addSockets(e *netlink.AttributeEncoder, conns []net.Conn) (release func(), 
 		for _, f := range files {
 			f.Close()
 		}
+	}
+	if len(conns) == 0 {
+		return release, nil
 	}
 	for _, conn := range conns {
 		fc, ok := conn.(interface{ File() (*os.File, error) })

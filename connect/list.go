@@ -12,18 +12,29 @@ type Device struct {
 	Size     uint64 // bytes
 	ReadOnly bool
 
-	// Image and Connections are known of devices of this module's. PID is
-	// that of the server, or else of the program that attached the device,
-	// which may have ended; 0: unknown.
+	// Image or Server, and Connections, are known of devices of this module's.
+	// PID is that of the process that serves or tends the device, or else of
+	// the program that attached it, which may have ended; 0: unknown.
 	Image       string
+	Server      string
 	Connections int
 	PID         int
 	Program     string // "" if it has ended
-	Dead        bool   // the server, one of this module's, has ended
+	State       State
 
 	Partitions []Partition
 	Holders    []Holder
 }
+
+// A State says whether somebody answers to a device, as far as it is known.
+type State string
+
+const (
+	Live       State = "live"       // a process serves or tends it
+	Away       State = "away"       // its server cannot be reached, and is tried again
+	Dead       State = "dead"       // its server has ended
+	Unattended State = "unattended" // attached by a process that has ended: only the kernel knows
+)
 
 // A Partition is one that the kernel has found.
 type Partition struct {
@@ -64,14 +75,15 @@ func (h *host) device(index int) Device {
 		Size:     h.size(index),
 		ReadOnly: h.read(index, n, "ro") == "1",
 		Holders:  h.holders(index),
+		State:    Live,
 	}
 	if s := h.server(index); s.known() {
 		defer s.close()
-		d.Image, d.Connections, d.PID, d.Dead = s.Image, s.Connections, s.PID, s.dead()
-	} else {
-		d.PID, _ = strconv.Atoi(h.read(index, n, "pid"))
+		d.Image, d.Server, d.Connections, d.PID, d.State = s.Image, s.Server, s.Connections, s.PID, s.state()
+	} else if d.PID, _ = strconv.Atoi(h.read(index, n, "pid")); h.program(strconv.Itoa(d.PID)) == "" {
+		d.State = Unattended
 	}
-	if !d.Dead && d.PID > 0 {
+	if d.State == Live || d.State == Away {
 		d.Program = h.program(strconv.Itoa(d.PID))
 	}
 	for _, p := range h.partitions(index) {
@@ -83,12 +95,12 @@ func (h *host) device(index int) Device {
 // describe says what is attached to a device.
 func (h *host) describe(index int) string {
 	d := h.device(index)
-	what := d.Image
+	what := d.Image + d.Server
 	if what == "" {
 		what = "attached"
 	}
 	switch {
-	case d.Dead:
+	case d.State == Dead:
 		return what + ", whose server has ended"
 	case d.Program != "":
 		return what + " by " + d.Program + ", process " + strconv.Itoa(d.PID)

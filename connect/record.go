@@ -18,8 +18,12 @@ import (
 type Record struct {
 	Backend     string `json:"backend"` // the same as in /sys/block/nbdX/backend
 	PID         int    `json:"pid"`
-	Image       string `json:"image"`
+	Image       string `json:"image,omitempty"`  // that it serves
+	Server      string `json:"server,omitempty"` // or where the server is
 	Connections int    `json:"connections"`
+
+	Direct bool `json:"direct,omitempty"` // the kernel reaches the server without this process
+	Away   bool `json:"away,omitempty"`   // the server cannot be reached
 }
 
 // newBackend returns what tells one attachment from all others.
@@ -27,8 +31,21 @@ func newBackend() string { return "imgnbd:" + rand.Text() }
 
 // A record is the locked file.
 type record struct {
+	Record
 	path string
 	f    *os.File
+}
+
+// write writes it over what is there. Who reads meanwhile finds either.
+func (r *record) write() error {
+	text, err := json.Marshal(r.Record)
+	if err != nil {
+		return err
+	}
+	if _, err = r.f.WriteAt(append(text, '\n'), 0); err != nil {
+		return err
+	}
+	return r.f.Truncate(int64(len(text)) + 1)
 }
 
 func (h *host) recordPath(index int) string { return filepath.Join(h.run, name(index)+".json") }
@@ -37,10 +54,6 @@ func (h *host) recordPath(index int) string { return filepath.Join(h.run, name(i
 // be writing to its image.
 func (h *host) newRecord(ctx context.Context, index int, r Record) (*record, error) {
 	if err := os.MkdirAll(h.run, 0o755); err != nil {
-		return nil, err
-	}
-	text, err := json.Marshal(r)
-	if err != nil {
 		return nil, err
 	}
 	path := h.recordPath(index)
@@ -58,14 +71,12 @@ func (h *host) newRecord(ctx context.Context, index int, r Record) (*record, err
 			f.Close()
 			continue
 		}
-		if err = f.Truncate(0); err == nil {
-			_, err = f.WriteAt(append(text, '\n'), 0)
-		}
-		if err != nil {
+		rec := &record{r, path, f}
+		if err := rec.write(); err != nil {
 			f.Close()
 			return nil, err
 		}
-		return &record{path, f}, nil
+		return rec, nil
 	}
 }
 
@@ -118,8 +129,22 @@ func (h *host) server(index int) server {
 
 func (s server) known() bool { return s.f != nil }
 
-// dead reports whether it is one of ours and has ended without a word.
-func (s server) dead() bool { return s.known() && !s.alive() }
+// dead reports whether it is one of ours and has ended without a word, so that
+// nobody answers. Where the kernel reaches a server by itself, somebody may.
+func (s server) dead() bool { return s.known() && !s.alive() && (!s.Direct || s.Away) }
+
+// state is that of a device of ours.
+func (s server) state() State {
+	switch {
+	case s.dead():
+		return Dead
+	case !s.alive():
+		return Unattended
+	case s.Away:
+		return Away
+	}
+	return Live
+}
 
 // alive reports whether the server still runs.
 func (s server) alive() bool {

@@ -141,7 +141,7 @@ func (s *service) attach(exportName string) (*connect.Attachment, error) {
 		DeadTimeout: s.opt.connect.deadTimeout,
 		Image:       name,
 		Dial: func(context.Context) (net.Conn, error) {
-			ours, theirs, err := socketPair()
+			ours, theirs, err := connect.SocketPair()
 			if err != nil {
 				return nil, err
 			}
@@ -153,38 +153,6 @@ func (s *service) attach(exportName string) (*connect.Attachment, error) {
 		err = hinted(err, "serve with --socket=PATH, which needs no device; a container can use devices only where its host has nbd")
 	}
 	return a, err
-}
-
-// socketPair returns the two ends of a connection that nobody else can reach.
-func socketPair() (a, b net.Conn, err error) {
-	syscall.ForkLock.RLock()
-	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
-	if err == nil {
-		syscall.CloseOnExec(fds[0])
-		syscall.CloseOnExec(fds[1])
-	}
-	syscall.ForkLock.RUnlock()
-	if err != nil {
-		return nil, nil, os.NewSyscallError("socketpair", err)
-	}
-	var ends [2]net.Conn
-	for i, fd := range fds {
-		f := os.NewFile(uintptr(fd), "socketpair")
-		var e error
-		if ends[i], e = net.FileConn(f); e != nil {
-			err = e
-		}
-		f.Close()
-	}
-	if err != nil {
-		for _, c := range ends {
-			if c != nil {
-				c.Close()
-			}
-		}
-		return nil, nil, err
-	}
-	return ends[0], ends[1], nil
 }
 
 // serveDevice tells everyone that the device is there, and returns when it no

@@ -2,7 +2,9 @@ package main
 
 import (
 	"fmt"
+	"strconv"
 	"strings"
+	"text/tabwriter"
 
 	"github.com/imgnbd/imgnbd/connect"
 )
@@ -39,11 +41,12 @@ type listedDevice struct {
 	Device      string            `json:"device"`
 	Size        uint64            `json:"size"`
 	ReadOnly    bool              `json:"read-only"`
+	State       connect.State     `json:"state"`
 	Image       string            `json:"image,omitempty"`
+	Server      string            `json:"server,omitempty"`
 	Connections int               `json:"connections,omitempty"`
 	PID         int               `json:"pid,omitempty"`
 	Program     string            `json:"program,omitempty"`
-	Dead        bool              `json:"dead"`
 	Partitions  []listedPartition `json:"partitions"`
 	Holders     []listedHolder    `json:"holders"`
 }
@@ -63,7 +66,7 @@ type listedHolder struct {
 func listedDevices(devices []connect.Device) []listedDevice {
 	list := []listedDevice{}
 	for _, d := range devices {
-		l := listedDevice{d.Path, d.Size, d.ReadOnly, d.Image, d.Connections, d.PID, d.Program, d.Dead,
+		l := listedDevice{d.Path, d.Size, d.ReadOnly, d.State, d.Image, d.Server, d.Connections, d.PID, d.Program,
 			[]listedPartition{}, []listedHolder{}}
 		for _, p := range d.Partitions {
 			l.Partitions = append(l.Partitions, listedPartition{p.Path, p.Start, p.Size})
@@ -76,33 +79,61 @@ func listedDevices(devices []connect.Device) []listedDevice {
 	return list
 }
 
+// printDevices prints a table with a line for each device and each partition,
+// and more where several use it.
 func printDevices(u *ui, devices []connect.Device) {
+	if len(devices) == 0 {
+		return
+	}
+	var b strings.Builder
+	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	row := func(cells ...string) { fmt.Fprintln(w, strings.Join(cells, "\t")) }
+	row("DEVICE", "SIZE", "MODE", "STATE", "PID", "PROGRAM", "IMAGE OR SERVER", "USE")
 	for _, d := range devices {
-		u.printf("%s: %s, %s", d.Path, sizeText(int64(d.Size)), served(d))
+		mode, pid, program := "rw", "", printable(d.Program)
 		if d.ReadOnly {
-			u.printf(", read-only")
+			mode = "ro"
 		}
-		u.printf("\n")
+		if d.PID > 0 {
+			pid = strconv.Itoa(d.PID)
+		}
+		use := uses(d.Holders, d.Path)
+		row(d.Path, sizeText(int64(d.Size)), mode, string(d.State), pid, program, printable(d.Image+d.Server), use[0])
+		for _, more := range use[1:] {
+			row(d.Path, "", "", "", "", "", "", more)
+		}
 		for _, p := range d.Partitions {
-			u.printf("  %s: %s\n", p.Path, sizeText(int64(p.Size)))
+			use := uses(d.Holders, p.Path)
+			row(p.Path, sizeText(int64(p.Size)), "", "", "", "", "", use[0])
+			for _, more := range use[1:] {
+				row(p.Path, "", "", "", "", "", "", more)
+			}
 		}
-		for _, x := range d.Holders {
-			u.printf("  %s\n", printable(x.String()))
-		}
+	}
+	w.Flush()
+	for line := range strings.Lines(b.String()) {
+		u.printf("%s\n", strings.TrimRight(line, " \n"))
 	}
 }
 
-// served says what a device is, and whose.
-func served(d connect.Device) string {
-	what := printable(d.Image)
-	if what == "" {
-		what = "attached"
+// uses says how a device or a partition is used, at least once.
+func uses(holders []connect.Holder, path string) []string {
+	var list []string
+	for _, x := range holders {
+		if x.Device != path {
+			continue
+		}
+		switch x.Use {
+		case connect.Mounted:
+			list = append(list, "mounted on "+printable(x.Name))
+		case connect.Swap:
+			list = append(list, "swap")
+		default:
+			list = append(list, "part of "+printable(x.Name))
+		}
 	}
-	switch {
-	case d.Dead:
-		return fmt.Sprintf("%s, whose server, process %d, has ended", what, d.PID)
-	case d.Program != "":
-		return fmt.Sprintf("%s by %s, process %d", what, printable(d.Program), d.PID)
+	if list == nil {
+		return []string{""}
 	}
-	return what + " by a program that has ended"
+	return list
 }

@@ -64,6 +64,7 @@ type Options struct {
 	Export   string   // name of the export, "" is the default one
 	Contexts []string // metadata contexts wanted; what the server lacks is left out
 	Protocol Protocol // the newest form to ask for; the zero value is the newest there is
+	NoGo     bool     // ask by EXPORT_NAME, for servers that lose their way at GO
 
 	// InFlight bounds the requests of a Client that await their replies at
 	// once; further ones wait. 0 means 64.
@@ -154,6 +155,9 @@ func negotiate(conn io.ReadWriter, opt Options) (*Session, error) {
 		if err != nil && !refused(err, RepErrUnsup) {
 			return nil, h.abort(err)
 		}
+	}
+	if opt.NoGo && h.protocol != Extended {
+		return h.exportName(opt.Export)
 	}
 	info, err := h.info(OptGo, opt.Export)
 	if refused(err, RepErrUnsup) && h.protocol != Extended {

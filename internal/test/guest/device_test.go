@@ -132,7 +132,7 @@ for i in 1 2 3 4 5 6 7 8; do
     nodes $dev 1
 done
 imgnbd devices | tee list
-[ "$(grep -c '/scratch/.\.raw by imgnbd' list)" = 8 ]
+[ "$(grep -c ' live .* imgnbd .* /scratch/.\.raw$' list)" = 8 ]
 for i in 1 2 3 4 5 6 7 8; do
     imgnbd -d "$(cat $i.device)" &
 done
@@ -281,7 +281,7 @@ for connections in 1 3; do
     eventually gone $pid
     if sync m/dirty 2>/dev/null; then fail 'a write that nobody took'; fi
     imgnbd devices
-    imgnbd devices | grep -q 'disk.raw, whose server, process .*, has ended'
+    imgnbd devices | grep -q '^/dev/nbd0 .* dead .*disk.raw'
     refused 'whose server has ended' -- imgnbd -c /dev/nbd0 -f raw disk.raw
     refused 'is mounted on' -- imgnbd -d /dev/nbd0
     umount m
@@ -331,7 +331,7 @@ for by in qemu-nbd nbd-client imgnbd; do
         attach $of
         eventually sh -c ': </dev/nbd0; test -b /dev/nbd0p1'
         imgnbd devices
-        [ "$(imgnbd devices | grep -c '^/dev/nbd0: 32 MiB, ')" = 1 ]
+        [ "$(imgnbd devices | grep -c '^/dev/nbd0 * 32 MiB  rw')" = 1 ]
         head -c 1M /dev/urandom >data
         dd if=data of=/dev/nbd0p1 status=none
         detach $by
@@ -422,7 +422,7 @@ func TestReadme(t *testing.T) {
 		t.Fatal("README.md shows no commands")
 	}
 	out := run(t, vm.Options{Kernel: "6.12", Script: "sudo() { \"$@\"; }\n" + commands + "free /dev/nbd0\n"}, "sfdisk", "mkfs.ext4")
-	for _, want := range []string{"hello\n", "/dev/nbd0: 1 GiB, /scratch/disk.qcow2 by imgnbd", "/dev/nbd0p1 is mounted on /mnt", "/dev/nbd0 disconnected\n"} {
+	for _, want := range []string{"hello\n", "  /scratch/disk.qcow2\n", "  mounted on /mnt\n", "/dev/nbd0 disconnected\n"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("no %q in\n%s", want, out)
 		}

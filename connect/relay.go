@@ -1,0 +1,78 @@
+package connect
+
+import (
+	"io"
+	"net"
+	"os"
+	"sync"
+	"syscall"
+)
+
+// relays carry connections that the kernel cannot use by itself, of which TLS
+// is one, to sockets that it can use.
+type relays struct {
+	used    bool
+	running sync.WaitGroup
+}
+
+// socket returns conn, or what stands for it with the kernel. It takes conn
+// over, but for an error.
+func (r *relays) socket(conn net.Conn) (net.Conn, error) {
+	switch conn.(type) {
+	case *net.TCPConn, *net.UnixConn:
+		return conn, nil
+	}
+	ours, theirs, err := SocketPair()
+	if err != nil {
+		return nil, err
+	}
+	r.used = true
+	r.running.Go(func() { relay(ours, conn) })
+	return theirs, nil
+}
+
+func (r *relays) wait() { r.running.Wait() }
+
+// relay copies both ways until either side ends, which ends the other.
+func relay(a, b net.Conn) {
+	var back sync.WaitGroup
+	back.Go(func() {
+		io.Copy(a, b)
+		a.Close()
+	})
+	io.Copy(b, a)
+	b.Close()
+	back.Wait()
+}
+
+// SocketPair returns the two ends of a connection that nobody else can reach.
+func SocketPair() (a, b net.Conn, err error) {
+	syscall.ForkLock.RLock()
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
+	if err == nil {
+		syscall.CloseOnExec(fds[0])
+		syscall.CloseOnExec(fds[1])
+	}
+	syscall.ForkLock.RUnlock()
+	if err != nil {
+		return nil, nil, os.NewSyscallError("socketpair", err)
+	}
+	var ends [2]net.Conn
+	for i, fd := range fds {
+		f := os.NewFile(uintptr(fd), "socketpair")
+		var e error
+		if ends[i], e = net.FileConn(f); e != nil {
+			err = e
+		}
+		f.Close()
+	}
+	if err != nil {
+		for _, c := range ends {
+			if c != nil {
+				c.Close()
+			}
+		}
+		return nil, nil, err
+	}
+	return ends[0], ends[1], nil
+}

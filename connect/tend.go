@@ -1,0 +1,129 @@
+package connect
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"syscall"
+	"time"
+)
+
+// ErrServerEnded is the error of tending a device whose server has ended, where
+// nobody waits for another: DeadTimeout is 0.
+var ErrServerEnded = errors.New("the server has ended")
+
+// Times of opening a connection again.
+const (
+	// settling is how long the kernel, which is woken by the end of a
+	// connection as this process is, has to note it. Until then it silently
+	// has no place for another one.
+	settling = 100 * time.Millisecond
+
+	maxPause    = time.Second      // between two attempts
+	attemptTime = 10 * time.Second // of one attempt
+)
+
+// Tend looks after the connections of a device to a server: those that end are
+// replaced when the server is there again, however long that takes; meanwhile
+// requests wait, up to DeadTimeout. A server that is there with another size
+// or other abilities is not taken for the one before.
+//
+// It returns nil when the device has been detached, by anybody, and otherwise
+// the cause of ctx or ErrServerEnded.
+func (a *Attachment) Tend(ctx context.Context) error {
+	for {
+		ended, err := a.lines.wait(ctx)
+		if err != nil {
+			return err
+		}
+		for _, place := range ended {
+			if err := a.renew(ctx, place); errors.Is(err, ErrNotAttached) {
+				return nil
+			} else if err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// renew replaces a connection that has ended.
+func (a *Attachment) renew(ctx context.Context, place int) error {
+	began := time.Now()
+	told, failing := "", false
+	for pause := settling; ; pause = min(2*pause, maxPause) {
+		// What ends the connections of a device that is detached looks the
+		// same from here.
+		if err := a.attached(); err != nil {
+			return err
+		}
+		if a.opt.DeadTimeout == 0 {
+			a.setAway(true)
+			return fmt.Errorf("%s: %w", a.Path(), ErrServerEnded)
+		}
+		if err := sleep(ctx, pause); err != nil {
+			return err
+		}
+		err := a.replace(ctx, place)
+		switch {
+		case err == nil:
+			a.opt.Log.Info("connected again", "device", a.Path(), "after", time.Since(began).Round(time.Millisecond))
+			a.setAway(false)
+			return nil
+		case errors.Is(err, ErrNotAttached) || ctx.Err() != nil:
+			return err
+		}
+		a.setAway(true)
+		if text := err.Error(); text != told {
+			told = text
+			a.opt.Log.Warn("not connected again yet", "device", a.Path(), "server", a.opt.Server, "err", text)
+		}
+		if !failing && time.Since(began) > a.opt.DeadTimeout {
+			failing = true
+			a.opt.Log.Warn("the server has been away for too long: what is waiting fails", "device", a.Path(), "server", a.opt.Server)
+		}
+	}
+}
+
+// replace opens a connection and gives it to the kernel.
+func (a *Attachment) replace(ctx context.Context, place int) error {
+	ctx, cancel := context.WithTimeout(ctx, attemptTime)
+	defer cancel()
+	conn, s, err := a.open(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if !same(a.session, s) {
+		return fmt.Errorf("export '%s' is not the same: %s, and not %s", a.opt.Export, terms(s), terms(a.session))
+	}
+	if err := a.attached(conn); err != nil {
+		return err
+	}
+	return a.lines.set(place, conn)
+}
+
+// attached gives the kernel connections, if there are any. Its answer tells
+// whether the device is still that of this attachment.
+func (a *Attachment) attached(conns ...net.Conn) error {
+	err := a.host.reconfigure(&reconfiguration{index: a.index, backend: a.backend, conns: conns, deadTimeout: a.opt.DeadTimeout})
+	switch {
+	case errors.Is(err, syscall.EINVAL):
+		return ErrNotAttached
+	case err != nil:
+		return fmt.Errorf("%s: %w", a.Path(), err)
+	}
+	return nil
+}
+
+// setAway notes whether the server can be reached, for others. Where that
+// cannot be written, the device is no worse off.
+func (a *Attachment) setAway(away bool) {
+	if a.record.Away == away {
+		return
+	}
+	a.record.Away = away
+	if err := a.record.write(); err != nil {
+		a.opt.Log.Warn("the state of the device is not noted", "device", a.Path(), "err", err)
+	}
+}

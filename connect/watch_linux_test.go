@@ -1,0 +1,85 @@
+package connect
+
+import (
+	"context"
+	"errors"
+	"net"
+	"slices"
+	"syscall"
+	"testing"
+)
+
+// The end of a connection is seen from either side, data that nobody reads is
+// not, and one that takes its place is watched too.
+func TestWatch(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	tcp := func() (ours, server net.Conn) {
+		ours, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if server, err = l.Accept(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { ours.Close(); server.Close() })
+		return ours, server
+	}
+	a, aServer := tcp()
+	b, bServer := tcp()
+	c, cServer, err := SocketPair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	w, err := linux{}.watch([]net.Conn{a, b, c})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.close()
+	for _, server := range []net.Conn{aServer, bServer, cServer} {
+		if _, err := server.Write([]byte("data")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	expect := func(want ...int) {
+		t.Helper()
+		var all []int
+		for len(all) < len(want) {
+			got, err := w.wait(limited(t))
+			if err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, got...)
+		}
+		if slices.Sort(all); !slices.Equal(all, want) {
+			t.Errorf("%d have ended, not %d", all, want)
+		}
+	}
+	aServer.Close()
+	expect(0)
+	// As the kernel does when it gives up a connection, or is told to.
+	raw, err := b.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw.Control(func(fd uintptr) { err = syscall.Shutdown(int(fd), syscall.SHUT_RDWR) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	expect(1)
+	a, aServer = tcp()
+	if err := w.set(0, a); err != nil {
+		t.Fatal(err)
+	}
+	cServer.Close()
+	aServer.Close()
+	expect(0, 2)
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if _, err := w.wait(ctx); !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+}
