@@ -133,7 +133,13 @@ func (s *session) readRuns(r *request, off, n int64, runs []run, byFile bool) er
 				continue
 			}
 		}
-		switch err := s.copyRun(r, run, flags); {
+		var err error
+		if run.n >= s.out.t.forwardMin() {
+			err = s.forwardRun(r, run, flags)
+		} else {
+			err = s.copyRun(r, run, flags)
+		}
+		switch {
 		case err == nil:
 		case errors.Is(err, image.ErrWouldBlock):
 			if i > 0 {
@@ -170,6 +176,37 @@ func (s *session) copyRun(r *request, run run, flags uint16) error {
 	}
 	s.appendDataHead(l.out, r, flags, run.off, n)
 	l.out = l.out[:at+head+n]
+	return nil
+}
+
+// forwardRun reads a run into a buffer of its own and leaves the sending to a
+// writer. It returns ErrWouldBlock, having read nothing, if reading would
+// wait or take too much room.
+func (s *session) forwardRun(r *request, run run, flags uint16) error {
+	if run.n > lineMemory {
+		return image.ErrWouldBlock
+	}
+	// Those before it in the reply come first; and while the client takes
+	// nothing, nothing is read for it.
+	if err := s.sendOut(); err != nil {
+		return err
+	}
+	s.line.ahead <- struct{}{}
+	n := int(run.n)
+	t, err := s.newTask(r, n, 0)
+	if err != nil {
+		<-s.line.ahead
+		return err
+	}
+	t.ahead = true
+	if s.dev.TryReadAt(t.buf.data(n), s.export.Offset+run.off) != nil {
+		s.endTask(t)
+		return image.ErrWouldBlock
+	}
+	whole := t.buf.withHead(s.dataHeadSize(), n)
+	s.appendDataHead(whole[:0], r, flags, run.off, n)
+	t.parts = append(t.parts, whole)
+	s.out.forward(t)
 	return nil
 }
 

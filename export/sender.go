@@ -92,23 +92,37 @@ func (s *sender) write(p []byte) error {
 	return err
 }
 
-// post sends the reply of t, sooner or later, and never waits.
-func (s *sender) post(t *task) {
+// enqueue has the reply of t sent, sooner or later. It reports whether that is
+// up to the caller: nobody was busy.
+func (s *sender) enqueue(t *task) bool {
 	s.mu.Lock()
 	if s.err != nil {
 		s.mu.Unlock()
 		s.done(t)
-		return
+		return false
 	}
+	defer s.mu.Unlock()
 	s.queue.push(t)
 	if s.busy {
-		s.mu.Unlock() // who is busy sends it
-		return
+		return false
 	}
 	s.busy = true
 	s.out.take(&s.queue)
-	s.mu.Unlock()
+	return true
+}
 
+// forward has a writer send the reply of t.
+func (s *sender) forward(t *task) {
+	if s.enqueue(t) {
+		go s.release(nil) // wait sees it by busy
+	}
+}
+
+// post sends the reply of t, sooner or later, and never waits.
+func (s *sender) post(t *task) {
+	if !s.enqueue(t) {
+		return
+	}
 	all, err := s.writeOut(false)
 	if err == nil && all {
 		s.mu.Lock()

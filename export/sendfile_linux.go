@@ -6,10 +6,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const (
-	canSendFile = true
-	mapPopulate = unix.MAP_POPULATE
-)
+const canSendFile = true
+
+var pageSize = int64(os.Getpagesize())
 
 // sendFile sends from a place of its own in src: the file position belongs to
 // nobody, so that connections can share the file.

@@ -7,10 +7,7 @@ import (
 	"os"
 )
 
-const (
-	canSendFile = false
-	mapPopulate = 0
-)
+const canSendFile = false
 
 func sendFile(int, int, int64, int) (int, error) { return 0, errors.ErrUnsupported }
 

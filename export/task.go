@@ -21,6 +21,7 @@ type task struct {
 	buf     *buffer       // of a write's payload or a read's data; may be nil
 	want    []metaContext // of a BLOCK_STATUS
 	charge  int64         // bytes that its budgets count
+	ahead   bool          // has a place in line.ahead
 
 	parts [][]byte // the reply
 	heads []byte   // storage of parts that are not in buf
@@ -84,6 +85,9 @@ func (s *session) endTask(t *task) {
 		s.srv.bufs.put(t.buf)
 	}
 	charge := t.charge
+	if t.ahead {
+		<-s.line.ahead
+	}
 	clear(t.parts)
 	*t = task{parts: t.parts[:0], heads: t.heads[:0]}
 	if cap(t.heads) <= 4<<10 {

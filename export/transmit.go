@@ -20,6 +20,7 @@ const (
 	lineMemory  = 1<<20 + lineInput  // each way; pages cost nothing until used
 	largeRead   = 64 << 10           // reads from here on are looked at by extent
 	largeWrite  = 64 << 10           // payloads beyond go to a buffer of their own
+	lineAhead   = 4                  // large replies that were read and not sent
 	expectLimit = lineMemory - 4<<10 // payloads up to so many bytes are expected
 
 	// A write that took longer sends those after it to the workers for a
@@ -37,6 +38,8 @@ type line struct {
 	expect int    // the payload of the last large write, in bytes; another may follow
 
 	slowUntil time.Time // writes go to workers
+
+	ahead chan struct{} // one for each reply that was read and not sent
 
 	extents []image.Extent
 	runs    []run
@@ -60,6 +63,7 @@ func (s *session) transmit(t transport) (err error) {
 	}
 	defer unmapMemory(out)
 	s.line.in, s.line.out = in, out[:0]
+	s.line.ahead = make(chan struct{}, lineAhead)
 	s.out.init(t, func(error) { s.cut() }, s.endTask)
 
 	err = s.serveRequests()

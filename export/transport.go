@@ -32,6 +32,10 @@ type transport interface {
 
 	// fileMin is from how many bytes on sendFile pays.
 	fileMin() int64
+
+	// forwardMin is from how many bytes on it pays that somebody else sends
+	// what the line has read, while the line reads on.
+	forwardMin() int64
 }
 
 var errAgain = errors.New("would wait")
@@ -61,3 +65,5 @@ func (s stream) writable() error { return nil }
 func (s stream) sendFile(*os.File, int64, int) (int, error) { return 0, errors.ErrUnsupported }
 
 func (s stream) fileMin() int64 { return math.MaxInt64 }
+
+func (s stream) forwardMin() int64 { return math.MaxInt64 }
