@@ -96,7 +96,9 @@
 // If the process dies and not the machine, the store is such a state, and the
 // journal has every entry that differs from it. A successor links these again
 // by the ordinary path; until that is durable it changes nothing in the journal,
-// so it may die as well.
+// so it may die as well. Whether the store is still in that state a seal tells,
+// a number among the autoclear bits of the header, which any other writer clears:
+// it is there before the first record is, and as long as there are any.
 //
 // Errors leave the state as it was. A request that fails before it links gives
 // back what it took. A batch that fails is dirty again, whole, and the next

@@ -44,6 +44,11 @@ const (
 	autoclearDataFileRaw                       // the data file reads as the disk
 )
 
+// autoclearSeal are the bits of the seal of whoever keeps a journal: a number
+// of its own while it writes. No feature of the format is among them, so that
+// any other writer breaks the seal as soon as it opens the image.
+const autoclearSeal autoclear = 0xffffffff << 32
+
 // Encryption methods.
 const (
 	cryptNone = iota

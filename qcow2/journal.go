@@ -23,6 +23,7 @@ import (
 //	24  failed    not zero after a failed sync
 //	32  identity  CRC-32C of what must not have changed in the image's header
 //	40  name      length, then the identity of the store, at most 512 bytes
+//	560 seal      what the header of the image has until somebody else writes
 //
 // A slot is 32 bytes: a commit word, the guest cluster, the new L2 entry and
 // the old one. The commit word is the record's number in the upper half and a
@@ -40,7 +41,7 @@ type journal struct {
 }
 
 const (
-	journalMagic  = 0x316a646e62676d69 // "imgnbdj1"
+	journalMagic  = 0x326a646e62676d69 // "imgnbdj2"
 	journalHeader = 4096
 	recordSize    = 32
 	minJournal    = journalHeader + 64*recordSize
@@ -68,9 +69,16 @@ const (
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
+// An owner is what a journal says of its image.
+type owner struct {
+	identity uint32    // of the header
+	seal     autoclear // 0: version 2, which has none
+	name     string    // of the store
+}
+
 // openJournal looks at memory that a process may have left, and returns the
-// records that are needed. identity and name are those of the image.
-func openJournal(memory []byte, identity uint32, name string) (j *journal, records []record, err error) {
+// records that are needed. now is what the image is.
+func openJournal(memory []byte, now owner) (j *journal, records []record, err error) {
 	if len(memory) < minJournal || uintptr(unsafe.Pointer(&memory[0]))%8 != 0 {
 		return nil, nil, errors.New("the memory for the journal is too small or not aligned")
 	}
@@ -79,8 +87,12 @@ func openJournal(memory []byte, identity uint32, name string) (j *journal, recor
 	slots := uint64(len(memory)-journalHeader) / recordSize
 	j.ring = memory[journalHeader:][:slots*recordSize]
 	native := binary.NativeEndian
-	if j.word(0).Load() != journalMagic {
+	switch j.word(0).Load() {
+	case journalMagic:
+	case 0:
 		return j, nil, nil
+	default:
+		return nil, nil, errors.New("the journal is of another version of this program")
 	}
 	if native.Uint64(memory[8:]) != slots {
 		return nil, nil, errors.New("the journal is of another size")
@@ -110,7 +122,7 @@ func openJournal(memory []byte, identity uint32, name string) (j *journal, recor
 		return j, nil, nil
 	}
 	nameLen := min(native.Uint64(memory[40:]), 512)
-	if native.Uint32(memory[32:]) != identity || string(memory[48:][:nameLen]) != name[:min(len(name), 512)] {
+	if native.Uint32(memory[32:]) != now.identity || string(memory[48:][:nameLen]) != now.name[:min(len(now.name), 512)] {
 		return nil, nil, &image.Hint{
 			Err:    errors.New("the journal is of another image, or the image was changed since"),
 			Advice: "the process that kept this journal died with writes in it that no image has yet",
@@ -122,19 +134,26 @@ func openJournal(memory []byte, identity uint32, name string) (j *journal, recor
 			Advice: "what was written since is lost; without the journal the image is as it was last made durable, or later",
 		}
 	}
+	if autoclear(j.word(560).Load()) != now.seal {
+		return nil, nil, &image.Hint{
+			Err:    errors.New("the image was changed since, or at least opened for writing by another program"),
+			Advice: "the process that kept this journal died with writes in it that no image has yet; they cannot be told from what the other program wrote",
+		}
+	}
 	return j, records, nil
 }
 
 // start makes the journal empty, and of this image.
-func (j *journal) start(identity uint32, name string) {
-	name = name[:min(len(name), 512)]
+func (j *journal) start(o owner) {
+	name := o.name[:min(len(o.name), 512)]
 	j.next.Store(max(j.next.Load(), j.base.Load(), 1))
 	j.store(0, 0) // invalid while it changes
 	binary.NativeEndian.PutUint64(j.memory[8:], uint64(len(j.ring)/recordSize))
-	binary.NativeEndian.PutUint64(j.memory[32:], uint64(identity))
+	binary.NativeEndian.PutUint64(j.memory[32:], uint64(o.identity))
 	binary.NativeEndian.PutUint64(j.memory[40:], uint64(len(name)))
 	copy(j.memory[48:], name)
-	j.trace(8, 48+512-8)
+	binary.NativeEndian.PutUint64(j.memory[560:], uint64(o.seal))
+	j.trace(8, 568-8)
 	j.store(24, 0)
 	j.discard(j.end())
 	j.store(0, journalMagic)

@@ -3,6 +3,7 @@ package qcow2
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"strings"
 	"testing"
 
@@ -59,7 +60,7 @@ func TestTakeover(t *testing.T) {
 	if v := crashJudge(mem.Bytes(), nil, nil); len(v.corrupt) > 0 || v.leaks > 0 {
 		t.Errorf("%v, %d leaks", v.corrupt, v.leaks)
 	}
-	if _, records, err := openJournal(memory, 0, ""); len(records) > 0 || err != nil {
+	if _, records, err := openJournal(memory, owner{}); len(records) > 0 || err != nil {
 		t.Errorf("the journal has %d records, %v", len(records), err)
 	}
 }
@@ -81,19 +82,18 @@ func TestTakeoverRefused(t *testing.T) {
 			memory[24] = 1
 			return store
 		}},
+		{"another version of the program", "another version", func(store, memory []byte) []byte {
+			memory[0]++
+			return store
+		}},
+		{"opened for writing elsewhere", "opened for writing by another", func(store, _ []byte) []byte {
+			return elsewhere(t, store, 0)
+		}},
+		// Whoever does not know of seals.
 		{"entry changed elsewhere", "which the journal does not know", func(store, _ []byte) []byte {
-			s := recorded(store)
-			im, err := Open(context.Background(), s, image.Options{})
-			if err != nil {
-				panic(err)
-			}
-			if err := im.WriteAt(make([]byte, 65536), 0, 0); err != nil {
-				panic(err)
-			}
-			if err := im.Close(); err != nil {
-				panic(err)
-			}
-			return s.Bytes()
+			changed := elsewhere(t, store, 65536)
+			copy(changed[88:96], store[88:96])
+			return changed
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -112,14 +112,61 @@ func TestTakeoverRefused(t *testing.T) {
 	}
 }
 
-// A slot that a killed writer left half made is skipped, not the end.
-func TestJournalTornRecord(t *testing.T) {
-	memory := newJournalMemory(64)
-	j, _, err := openJournal(memory, 1, "x")
+// elsewhere returns the image after somebody else opened it, who does not know
+// of the journal, and wrote n bytes.
+func elsewhere(t *testing.T, store []byte, n int) []byte {
+	t.Helper()
+	s := recorded(store)
+	im, err := Open(context.Background(), s, image.Options{})
+	if err == nil {
+		err = im.WriteAt(make([]byte, n), 0, 0)
+	}
+	if err == nil {
+		err = im.Close()
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	j.start(1, "x")
+	return s.Bytes()
+}
+
+// The seal is on the image from the first change to the end, and no longer:
+// who only reads changes nothing, and what is left has no trace of it.
+func TestSeal(t *testing.T) {
+	for _, options := range []string{"", "compat=0.10"} {
+		t.Run(options, func(t *testing.T) {
+			s := memImage(t, options, "1M", 0)
+			seal := func() uint64 { return binary.BigEndian.Uint64(s.Bytes()[88:]) }
+			before := seal()
+			im, err := Open(context.Background(), s, image.Options{Journal: newJournalMemory(1024)})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := im.Flush(); err != nil || seal() != before {
+				t.Errorf("sealed without a change, %v", err)
+			}
+			if err := im.WriteAt([]byte{1}, 0, 0); err != nil {
+				t.Fatal(err)
+			}
+			if sealed := seal() != before; sealed != (options == "") {
+				t.Errorf("after a write it is sealed: %t", sealed)
+			}
+			if err := im.writer.close(); err != nil || seal() != before {
+				t.Errorf("the seal is left, or %v", err)
+			}
+		})
+	}
+}
+
+// A slot that a killed writer left half made is skipped, not the end.
+func TestJournalTornRecord(t *testing.T) {
+	memory := newJournalMemory(64)
+	is := owner{identity: 1, name: "x"}
+	j, _, err := openJournal(memory, is)
+	if err != nil {
+		t.Fatal(err)
+	}
+	j.start(is)
 	for i := range uint64(100) {
 		if !j.reserve(1) {
 			j.discard(j.end() - 3)
@@ -131,7 +178,7 @@ func TestJournalTornRecord(t *testing.T) {
 		j.unreserve(1)
 	}
 	memory[journalHeader+int((j.end()-2)%j.slots())*recordSize+20] ^= 1
-	_, records, err := openJournal(memory, 1, "x")
+	_, records, err := openJournal(memory, is)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -6,12 +6,12 @@ import (
 	"fmt"
 	"io/fs"
 	"math"
+	"math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"syscall"
 
 	"github.com/imgnbd/imgnbd/image"
-	"github.com/imgnbd/imgnbd/storage"
 )
 
 // A writer is the writing half of a disk. A request changes the mapping in
@@ -34,9 +34,10 @@ type writer struct {
 	header     *header
 	bitmaps    []bitmap
 	recordings []recording  // the bitmaps that record writes
-	marking    sync.Mutex   // guards the marking of bitmaps
+	seal       autoclear    // 0: none
+	marking    sync.Mutex   // guards the marking of the image and its bitmaps
 	marks      bool         // it has begun
-	marked     atomic.Bool  // bitmaps that record are marked as in use
+	marked     atomic.Bool  // sealed, and bitmaps that record are marked as in use
 	busyLimit  int64        // slices that may be dirty before writers wait
 	freed      atomic.Int64 // clusters given up since a commit was last asked for
 	buffers    sync.Pool    // of *[]byte, one cluster each
@@ -94,7 +95,8 @@ func newWriter(d *disk, h *header, bitmaps []bitmap, opt *image.Options, hooks *
 	var journal *journal
 	var records []record
 	if opt.Journal != nil {
-		if journal, records, err = openJournal(opt.Journal, h.identity(), info.ID); err != nil {
+		now := owner{h.identity(), h.autoclear & autoclearSeal, info.ID}
+		if journal, records, err = openJournal(opt.Journal, now); err != nil {
 			return nil, fmt.Errorf("%w: %w", image.ErrJournal, err)
 		}
 		journal.stored = hooks.stored
@@ -109,7 +111,8 @@ func newWriter(d *disk, h *header, bitmaps []bitmap, opt *image.Options, hooks *
 		}
 	}
 	if journal != nil {
-		journal.start(h.identity(), info.ID)
+		w.seal = newSeal(h)
+		journal.start(owner{h.identity(), w.seal, info.ID})
 		w.journal, w.changes.journal, w.commit.journal = journal, journal, journal
 	}
 	d.info.ReadOnly, d.info.Discard, d.info.FastZero = false, true, g.version >= 3
@@ -118,20 +121,32 @@ func newWriter(d *disk, h *header, bitmaps []bitmap, opt *image.Options, hooks *
 }
 
 // clearFeatures turns off the autoclear bits that we do not know, as whoever
-// opens an image for writing has to.
+// opens an image for writing has to, durably. A seal stays until the first
+// change: the journal that it is of may be somewhere else.
 func (w *writer) clearFeatures() error {
-	known := autoclearBitmaps
+	known := autoclearBitmaps | autoclearSeal
 	if w.geo.dataFile {
 		known |= autoclearDataFileRaw
 	}
-	if unknown := w.header.autoclear &^ known; unknown != 0 {
-		return setAutoclear(w.store, unknown, false)
+	if w.header.autoclear&^known == 0 {
+		return nil
 	}
-	return nil
+	if err := w.setAutoclear(known, 0); err != nil {
+		return err
+	}
+	return w.store.Sync()
 }
 
-// firstChange is called before anything is changed. It returns when the bitmaps
-// that record writes are marked as in use.
+// newSeal returns a seal that no other process has.
+func newSeal(h *header) autoclear {
+	if h.version < 3 {
+		return 0
+	}
+	return 1<<63 | autoclear(rand.Uint32())<<32
+}
+
+// firstChange is called before anything is changed. It returns when the image
+// is sealed and bitmaps that record writes are marked as in use.
 func (w *writer) firstChange() error {
 	if w.marked.Load() {
 		return nil
@@ -142,6 +157,13 @@ func (w *writer) firstChange() error {
 		return nil
 	}
 	w.marks = true
+	// A seal is to outlive the process, as the journal does, and not the
+	// machine: it needs no sync.
+	if w.seal != w.header.autoclear&autoclearSeal {
+		if err := w.setAutoclear(^autoclearSeal, w.seal); err != nil {
+			return err
+		}
+	}
 	if err := w.markRecordings(); err != nil {
 		return err
 	}
@@ -149,21 +171,18 @@ func (w *writer) firstChange() error {
 	return nil
 }
 
-// setAutoclear turns autoclear bits on or off, durably.
-func setAutoclear(s storage.Store, bits autoclear, on bool) error {
+// setAutoclear keeps some autoclear bits as they are, and sets the others.
+func (w *writer) setAutoclear(keep, others autoclear) error {
 	var b [8]byte
-	if _, err := s.ReadAt(b[:], 88); err != nil {
+	if _, err := w.store.ReadAt(b[:], 88); err != nil {
 		return fmt.Errorf("header: %w", err)
 	}
-	v := autoclear(binary.BigEndian.Uint64(b[:])) &^ bits
-	if on {
-		v |= bits
-	}
+	v := autoclear(binary.BigEndian.Uint64(b[:]))&keep | others
 	binary.BigEndian.PutUint64(b[:], uint64(v))
-	if err := s.WriteAt(b[:], 88, 0); err != nil {
+	if err := w.store.WriteAt(b[:], 88, 0); err != nil {
 		return fmt.Errorf("header: %w", err)
 	}
-	return s.Sync()
+	return nil
 }
 
 // change carries out a request that changes [off, off+n).
@@ -338,6 +357,9 @@ func (w *writer) close() error {
 	}
 	if w.journal != nil {
 		w.journal.void() // with or without bitmaps
+		if w.marks && w.seal != 0 {
+			err = errors.Join(err, w.setAutoclear(^autoclearSeal, 0))
+		}
 	}
 	return err
 }

@@ -16,7 +16,10 @@ import (
 // says where, unless the image is gone.
 func TestKilledThenChanged(t *testing.T) {
 	bin := build(t)
-	const cluster = 65536
+	const (
+		cluster = 65536
+		seal    = "opened for writing by another program"
+	)
 	qemuIO := func(commands ...string) func(*testing.T, string) {
 		return func(t *testing.T, image string) { qemu.IO(t, "qcow2", image, commands...) }
 	}
@@ -27,8 +30,17 @@ func TestKilledThenChanged(t *testing.T) {
 		want    string // "": the journal is of no account any more
 	}{
 		// Clusters that were free by what the image said are used twice now.
-		{"written elsewhere by qemu-io", "", qemuIO("write -P 7 32M 4M"), "the image was changed since"},
-		{"written at the same place by qemu-io", "", qemuIO("write -P 7 64k 64k"), "the image was changed since"},
+		{"written elsewhere by qemu-io", "", qemuIO("write -P 7 32M 4M"), seal},
+		{"written at the same place by qemu-io", "", qemuIO("write -P 7 64k 64k"), seal},
+		// No table tells of these.
+		{"overwritten by qemu-io", "", qemuIO("write -P 7 60M 64k"), seal},
+		{"used and given back by qemu-io", "", func(t *testing.T, image string) {
+			qemu.Run(t, "qemu-io", "-f", "qcow2", "-d", "unmap", "-c", "write -P 7 32M 4M", "-c", "discard 32M 4M", image)
+		}, seal},
+		{"opened by qemu-io", "", qemuIO("read 0 64k"), seal},
+		// Version 2 has no seal.
+		{"version 2 written elsewhere by qemu-io", "compat=0.10", qemuIO("write -P 7 32M 4M"), "the image was changed since"},
+		{"version 2 written at the same place by qemu-io", "compat=0.10", qemuIO("write -P 7 64k 64k"), "the image was changed since"},
 		{"written with other tables by qemu-io", "cluster_size=512", qemuIO("write -P 7 32M 2M"), "the image was changed since"},
 		{"compressed data by qemu-io", "", qemuIO("write -c -P 7 32M 64k", "write -c -P 7 40M 64k", "write -c -P 7 48M 64k"), "the image was changed since"},
 		{"subclusters by qemu-io", "extended_l2=on", qemuIO("write -P 7 32M 4M"), "the image was changed since"},
@@ -53,6 +65,7 @@ func TestKilledThenChanged(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			image := qemu.Create(t, "qcow2", tt.options, "64M")
+			qemu.IO(t, "qcow2", image, "write -P 3 60M 64k")
 			dir := journals(t)
 			p := &patient{t: t, bin: bin, socket: filepath.Join(t.TempDir(), "s"), args: []string{"--journal=" + dir, "--format=qcow2", image}}
 			if tt.name == "made anew by us" {
@@ -61,6 +74,9 @@ func TestKilledThenChanged(t *testing.T) {
 			}
 			p.start()
 			c := p.connect()
+			if err := c.WriteZeroes(60<<20, cluster, 0); err != nil {
+				t.Fatal(err)
+			}
 			for i := range int64(8) {
 				if err := c.Write(bytes.Repeat([]byte{9}, cluster), i*cluster, 0); err != nil {
 					t.Fatal(err)
