@@ -54,6 +54,7 @@ type Options struct {
 	// image that this process serves, or the server that Dial connects to. For
 	// a server the Attachment is to be tended.
 	Image, Server string
+	Identity      Identity // of an image
 
 	ReadOnly  bool  // also where the server allows writes
 	BlockSize int   // logical, bytes: 512 to 4096, a power of 2; 0: the least that the export allows
@@ -176,7 +177,7 @@ func (h *host) attach(ctx context.Context, opt Options) (_ *Attachment, err erro
 	}()
 	if a.record, err = h.newRecord(ctx, a.index, Record{
 		Backend: a.backend, PID: os.Getpid(), Image: opt.Image, Server: opt.Server, Connections: len(conns),
-		Direct: opt.Server != "" && !a.relays.used,
+		Identity: opt.Identity.with(c.properties()), Direct: opt.Server != "" && !a.relays.used,
 	}); err != nil {
 		return nil, err
 	}

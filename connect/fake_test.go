@@ -29,10 +29,15 @@ type fakeKernel struct {
 	claimed    bool   // exclusive opens fail
 	transients int    // connects that fail because somebody looks at the device
 	scanErrs   []error
+	deaf       int // reconfigurations that are ignored, since no connection has ended
+	readErrs   []error
+	detached   bool // reconfigurations are refused: it stays only because it is open
 
 	mu     sync.Mutex
 	config *config          // of the last connect
 	reconf *reconfiguration // the last with connections that was accepted
+	taken  chan struct{}    // closed by the first
+	once   sync.Once
 	lines  fakeLines
 	log    []string
 	nodes  map[string]string // numbers of nodes, by path
@@ -41,7 +46,7 @@ type fakeKernel struct {
 // newFake returns a host with devices nbd0 to nbd3.
 func newFake(t *testing.T) (*host, *fakeKernel) {
 	dir := t.TempDir()
-	k := &fakeKernel{t: t, nodes: map[string]string{}, lines: make(fakeLines, 100)}
+	k := &fakeKernel{t: t, nodes: map[string]string{}, taken: make(chan struct{}), lines: make(fakeLines, 100)}
 	k.host = &host{kernel: k, sys: dir + "/sys", dev: "/dev", proc: dir + "/proc", run: dir + "/run"}
 	for i := range 4 {
 		k.write(name(i), "size", "0")
@@ -120,14 +125,34 @@ func (k *fakeKernel) connect(c *config) (int, error) {
 func (k *fakeKernel) reconfigure(r *reconfiguration) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if !k.host.connected(r.index) || k.host.read(r.index, name(r.index), "backend") != r.backend {
+	if k.detached || !k.host.connected(r.index) || k.host.read(r.index, name(r.index), "backend") != r.backend {
 		return syscall.EINVAL
 	}
-	if len(r.conns) > 0 {
-		k.reconf = r
-		k.note("reconfigure %d", r.index)
+	if len(r.conns) == 0 {
+		return nil
 	}
+	k.note("reconfigure %d", r.index)
+	if k.deaf--; k.deaf >= 0 {
+		return nil
+	}
+	k.reconf = r
+	k.once.Do(func() { close(k.taken) })
 	return nil
+}
+
+func (k *fakeKernel) readBlock(path string, n int) error {
+	k.mu.Lock()
+	var err error
+	if len(k.readErrs) > 0 {
+		err = k.readErrs[0]
+		k.readErrs = k.readErrs[1:]
+	}
+	k.note("read %d of %s", n, path)
+	k.mu.Unlock()
+	if err == nil {
+		<-k.taken
+	}
+	return err
 }
 
 // fakeLines are the places of connections that have ended.

@@ -45,6 +45,9 @@ type kernel interface {
 	// EBUSY if the device or a part of it is mounted or claimed otherwise, and
 	// keeps it from being so until Close.
 	open(path string, exclusive bool) (block, error)
+	// readBlock reads the first n bytes of a device, a block, from whoever
+	// serves it and not from a cache.
+	readBlock(path string, n int) error
 	// number returns major:minor of a block device node.
 	number(path string) (string, error)
 	// syncFS flushes the file system that is mounted at path.

@@ -259,6 +259,22 @@ func (f blockFile) rescan() error {
 	return err
 }
 
+func (linux) readBlock(path string, n int) error {
+	// Aligned as its memory has to be.
+	b, err := unix.Mmap(-1, 0, max(n, os.Getpagesize()), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		return err
+	}
+	defer unix.Munmap(b)
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECT, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = f.ReadAt(b[:n], 0)
+	return err
+}
+
 func (linux) number(path string) (string, error) {
 	var st unix.Stat_t
 	if err := unix.Stat(path, &st); err != nil {

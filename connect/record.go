@@ -21,6 +21,7 @@ type Record struct {
 	Image       string `json:"image,omitempty"`  // that it serves
 	Server      string `json:"server,omitempty"` // or where the server is
 	Connections int    `json:"connections"`
+	Identity
 
 	Direct bool `json:"direct,omitempty"` // the kernel reaches the server without this process
 	Away   bool `json:"away,omitempty"`   // the server cannot be reached
@@ -80,6 +81,11 @@ func (h *host) newRecord(ctx context.Context, index int, r Record) (*record, err
 	}
 }
 
+func readRecord(f *os.File) (r Record, err error) {
+	err = json.NewDecoder(f).Decode(&r)
+	return r, err
+}
+
 func (r *record) close() error { return errors.Join(os.Remove(r.path), r.f.Close()) }
 
 // isAt reports whether path is the name of f.
@@ -119,7 +125,7 @@ func (h *host) server(index int) server {
 	if err != nil {
 		return server{}
 	}
-	if err := json.NewDecoder(f).Decode(&s.Record); err != nil || s.Backend != h.read(index, name(index), "backend") {
+	if s.Record, err = readRecord(f); err != nil || s.Backend != h.read(index, name(index), "backend") {
 		f.Close()
 		return server{}
 	}
@@ -147,10 +153,13 @@ func (s server) state() State {
 }
 
 // alive reports whether the server still runs.
-func (s server) alive() bool {
-	err := syscall.Flock(int(s.f.Fd()), syscall.LOCK_SH|syscall.LOCK_NB)
+func (s server) alive() bool { return alive(s.f) }
+
+// alive reports whether the process whose record f is still runs.
+func alive(f *os.File) bool {
+	err := syscall.Flock(int(f.Fd()), syscall.LOCK_SH|syscall.LOCK_NB)
 	if err == nil {
-		syscall.Flock(int(s.f.Fd()), syscall.LOCK_UN)
+		syscall.Flock(int(f.Fd()), syscall.LOCK_UN)
 	}
 	return errors.Is(err, syscall.EWOULDBLOCK)
 }

@@ -7,11 +7,11 @@ import (
 	"net"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"syscall"
 	"time"
 
 	"github.com/imgnbd/imgnbd/connect"
+	"github.com/imgnbd/imgnbd/export"
 	"github.com/imgnbd/imgnbd/image"
 )
 
@@ -23,6 +23,8 @@ type connectOptions struct {
 	maxPart     int // negative: the module's default
 	deadTimeout time.Duration
 	force       bool
+
+	origin *origin // of the image, for whoever takes over its device; nil without one
 }
 
 // check refuses what contradicts --connect or --disconnect.
@@ -86,14 +88,29 @@ func isBusy(err error) bool {
 func (s *service) runConnected() (err error) {
 	defer s.catchSignals()()
 	protectServer(s.u.logger(s.opt.verbose))
+	orphan, err := s.findOrphan()
+	if err != nil {
+		return err
+	}
+	if orphan != nil {
+		defer orphan.Close()
+	}
 	s.device, err = unlessSignalled(s.signals, func(ctx context.Context) (image.Device, error) {
 		return s.opt.open(ctx, s.u, s.file)
 	})
+	if orphan != nil && err != nil {
+		return s.notTaken(orphan, err)
+	}
 	if s.device == nil || err != nil {
 		return err
 	}
 	var a *connect.Attachment
 	defer func() {
+		if orphan != nil && a == nil {
+			// It waits on, and its journal with it: what this process has not
+			// closed is as after its death.
+			return
+		}
 		err = errors.Join(err, s.device.Close())
 		if a != nil {
 			err = errors.Join(err, a.Close())
@@ -107,15 +124,18 @@ func (s *service) runConnected() (err error) {
 	s.visitors = newVisitors()
 	s.server = s.opt.newServer(s.u, e, s.visitors)
 	s.server.Authorize = nil // the only client is ourselves
-	a, err = s.attach(e.Name)
+	settled := s.visitors.expect()
+	a, err = s.attach(orphan, e)
+	settled()
 	if err == nil {
 		err = s.serveDevice(a)
 	}
 	return errors.Join(err, s.shutdown())
 }
 
-// attach gives the kernel its connections, each to a server that is here.
-func (s *service) attach(exportName string) (*connect.Attachment, error) {
+// attach gives the kernel its connections, each to a server that is here, for
+// a new device or for one that waits.
+func (s *service) attach(orphan *connect.Orphan, e *export.Export) (*connect.Attachment, error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	stopped := make(chan struct{})
@@ -127,19 +147,14 @@ func (s *service) attach(exportName string) (*connect.Attachment, error) {
 		case <-stopped:
 		}
 	}()
-	name := s.file
-	if _, err := os.Stat(name); err == nil { // it may also be json: or key=value
-		if name, err = filepath.Abs(name); err != nil {
-			return nil, err
-		}
-	}
-	a, err := connect.Attach(ctx, connect.Options{
+	opt := connect.Options{
 		Device:      s.opt.connect.device,
-		Export:      exportName,
+		Export:      e.Name,
 		Connections: s.opt.connect.connections,
 		MaxPart:     s.opt.connect.maxPart,
 		DeadTimeout: s.opt.connect.deadTimeout,
-		Image:       name,
+		Image:       s.opt.connect.origin.name,
+		Identity:    s.opt.connect.origin.identity(s.opt, e),
 		Dial: func(context.Context) (net.Conn, error) {
 			ours, theirs, err := connect.SocketPair()
 			if err != nil {
@@ -148,7 +163,12 @@ func (s *service) attach(exportName string) (*connect.Attachment, error) {
 			go s.server.ServeConn(ours) // which logs what goes wrong
 			return theirs, nil
 		},
-	})
+	}
+	if orphan != nil {
+		a, err := orphan.TakeOver(ctx, opt)
+		return a, differs(err)
+	}
+	a, err := connect.Attach(ctx, opt)
 	if errors.Is(err, connect.ErrUnavailable) {
 		err = hinted(err, "serve with --socket=PATH, which needs no device; a container can use devices only where its host has nbd")
 	}

@@ -114,6 +114,9 @@ func (o *serveOptions) open(ctx context.Context, u *ui, file string) (image.Devi
 	t.opt.Unmap = o.discard
 	chain := o.images.chain(u)
 	chain.Journals = o.journal.journals(u, o.fork)
+	if o.connect.origin != nil {
+		o.connect.origin.watch(chain)
+	}
 	dev, err := t.open(ctx, chain)
 	if err != nil {
 		if errors.Is(err, fs.ErrNotExist) && !u.compat() {

@@ -230,6 +230,13 @@ type visitors struct {
 
 func newVisitors() *visitors { return &visitors{over: make(chan struct{})} }
 
+// expect keeps it from being over until settled is called: meanwhile visitors
+// may come and go.
+func (v *visitors) expect() (settled func()) {
+	v.state(nil, export.StateNew)
+	return func() { v.state(nil, export.StateClosed) }
+}
+
 func (v *visitors) state(_ *export.Client, s export.State) {
 	v.mu.Lock()
 	defer v.mu.Unlock()

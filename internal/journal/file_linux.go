@@ -1,6 +1,7 @@
 package journal
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -69,7 +70,10 @@ func (f *file) release() error {
 
 // Open implements [image.Journals].
 func (j *Files) Open(info storage.Info) (image.Journal, error) {
-	now, name, err := identify(info)
+	now, name, err := j.identify(info)
+	if err != nil && j.Continue {
+		return nil, fmt.Errorf("%w: %w", ErrGone, err)
+	}
 	if err != nil {
 		return nil, j.without(err)
 	}
@@ -78,9 +82,16 @@ func (j *Files) Open(info storage.Info) (image.Journal, error) {
 		if err != nil {
 			return nil, err
 		}
-		if f != nil {
-			return f, nil
+		if f == nil {
+			continue
 		}
+		if err := j.take(f, now); err != nil {
+			return nil, errors.Join(err, f.release())
+		}
+		return f, nil
+	}
+	if j.Continue {
+		return nil, ErrGone
 	}
 	if j.Off {
 		return nil, nil
@@ -94,6 +105,20 @@ func (j *Files) Open(info storage.Info) (image.Journal, error) {
 		causes = append(causes, err.Error())
 	}
 	return nil, j.without(errors.New(strings.Join(causes, "; ")))
+}
+
+// take makes a journal that was left ours.
+func (j *Files) take(f *file, now *header) error {
+	var was header
+	copy(was[:], f.mapped)
+	if j.Continue && !bytes.Equal(was.holder(), now.holder()) {
+		return ErrGone
+	}
+	// In one piece: a process that dies leaves the old header or the new one.
+	if _, err := unix.Pwrite(f.fd, now[:], 0); err != nil {
+		return fmt.Errorf("%s: %w", f.path, err)
+	}
+	return nil
 }
 
 // places are the directories where a process may have left a journal.
@@ -111,7 +136,7 @@ func (j *Files) without(cause error) error {
 
 // Left implements [image.Journals].
 func (j *Files) Left(info storage.Info) string {
-	now, name, err := identify(info)
+	now, name, err := j.identify(info)
 	if err != nil {
 		return ""
 	}
@@ -125,7 +150,7 @@ func (j *Files) Left(info storage.Info) string {
 
 // Remove implements [image.Journals].
 func (j *Files) Remove(info storage.Info) error {
-	now, name, err := identify(info)
+	now, name, err := j.identify(info)
 	if err != nil {
 		return nil
 	}
@@ -145,7 +170,7 @@ func (j *Files) Remove(info storage.Info) error {
 
 // identify returns what the journal of an image has in its header, and its
 // name.
-func identify(info storage.Info) (*header, string, error) {
+func (j *Files) identify(info storage.Info) (*header, string, error) {
 	name, err := fileName(info.ID)
 	if err != nil {
 		return nil, "", err
@@ -154,7 +179,7 @@ func identify(info storage.Info) (*header, string, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	h, err := newHeader(strings.TrimSpace(string(boot)), info)
+	h, err := newHeader(strings.TrimSpace(string(boot)), j.Holder, info)
 	return &h, name, err
 }
 

@@ -37,6 +37,12 @@ type Files struct {
 	// Off begins no new journal. What a process left is still brought back.
 	Off bool
 
+	// Holder is noted in a journal, for whoever has to find out later whether
+	// anybody else has used the image since: who opens it for writing becomes
+	// the holder. With Continue there has to be a journal that Holder left.
+	Holder   string
+	Continue bool
+
 	// Without is asked about an image that no journal can be kept of, and why.
 	// It returns nil if the image is to be opened all the same. nil: it is not.
 	Without func(cause error) error
@@ -54,6 +60,10 @@ func Dirs() []string {
 	}
 	return dirs
 }
+
+// ErrGone is the error of Open with Continue: what Holder had acknowledged may
+// not be in the image.
+var ErrGone = errors.New("its journal is gone, or somebody else has used the image since")
 
 const (
 	headerSize = 4096
@@ -77,17 +87,26 @@ type header [headerSize]byte
 const headerMagic = "imgnbd journal 1"
 
 // newHeader returns the header of the journal of an image.
-func newHeader(boot string, image storage.Info) (h header, err error) {
+func newHeader(boot, holder string, image storage.Info) (h header, err error) {
 	name := ""
 	if image.URL != nil {
 		name = image.URL.Redacted()
 	}
-	text := fmt.Sprintf("%s\nboot %s\nimage %q\ngeneration %q\nopened as %q\n", headerMagic, boot, image.ID, image.Generation, name)
+	text := fmt.Sprintf("%s\nboot %s\nimage %q\ngeneration %q\nopened as %q\nholder %q\n", headerMagic, boot, image.ID, image.Generation, name, holder)
 	if len(text) > len(h) {
 		return h, errors.New("the name of the image is too long")
 	}
 	copy(h[:], text)
 	return h, nil
+}
+
+// holder returns the line of the holder, nil if there is none.
+func (h *header) holder() []byte {
+	lines := bytes.SplitN(h[:], []byte("\n"), 7)
+	if len(lines) != 7 {
+		return nil
+	}
+	return lines[5]
 }
 
 // A standing is how the header of a file that was found compares with the one

@@ -263,6 +263,49 @@ func TestJournalRemove(t *testing.T) {
 	}
 }
 
+// Who goes on for another gets that one's journal and no other, whatever has
+// happened to the image in between.
+func TestJournalContinued(t *testing.T) {
+	dir := memory(t)
+	first := &Files{Dirs: []string{dir}, Holder: "first"}
+	goesOn := &Files{Dirs: []string{dir}, Holder: "first", Continue: true}
+	gone := func(when string) {
+		t.Helper()
+		if f, err := goesOn.Open(disk); f != nil || !errors.Is(err, ErrGone) {
+			t.Errorf("%s: %v, %v", when, f, err)
+		}
+	}
+	gone("nobody had one")
+	die(t, open(t, first, disk))
+	for range 2 { // whoever goes on may die too
+		f := open(t, goesOn, disk)
+		if f.Memory()[100] != 42 {
+			t.Error("what was in it is not there any more")
+		}
+		die(t, f)
+	}
+	if f, err := goesOn.Open(storage.Info{ID: disk.ID, Generation: "born 5"}); f != nil || !errors.Is(err, ErrGone) {
+		t.Errorf("another file in its place: %v, %v", f, err)
+	}
+	gone("that one made it void")
+	if f, err := goesOn.Open(storage.Info{}); f != nil || !errors.Is(err, ErrGone) {
+		t.Errorf("a store without identity: %v, %v", f, err)
+	}
+
+	die(t, open(t, first, disk))
+	die(t, open(t, &Files{Dirs: []string{dir}, Holder: "second"}, disk))
+	gone("somebody else has used it")
+	die(t, open(t, &Files{Dirs: []string{dir}}, disk))
+	gone("somebody without a name has used it")
+
+	f := open(t, first, disk)
+	f.Memory()[0] = 0
+	if err := f.Close(); err != nil {
+		t.Error(err)
+	}
+	gone("it has ended well")
+}
+
 func TestJournalNames(t *testing.T) {
 	seen := map[string]bool{}
 	for _, id := range []string{"file 1:2 3", "file_1:2 3", "file%201:2 3", "https://a/b", "../x"} {

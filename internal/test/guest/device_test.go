@@ -266,7 +266,7 @@ func TestKilled(t *testing.T) {
 	for _, kernel := range []string{"6.1", "6.12"} {
 		t.Run(kernel, func(t *testing.T) {
 			run(t, vm.Options{Kernel: kernel, Script: `
-truncate -s 64M disk.raw
+truncate -s 64M disk.raw other.raw
 printf ',\n' | sfdisk -q disk.raw
 mkdir m
 for connections in 1 3; do
@@ -282,7 +282,7 @@ for connections in 1 3; do
     if sync m/dirty 2>/dev/null; then fail 'a write that nobody took'; fi
     imgnbd devices
     imgnbd devices | grep -q '^/dev/nbd0 .* dead .*disk.raw'
-    refused 'whose server has ended' -- imgnbd -c /dev/nbd0 -f raw disk.raw
+    refused 'waits for' -- imgnbd -c /dev/nbd0 -f raw other.raw
     refused 'is mounted on' -- imgnbd -d /dev/nbd0
     umount m
     imgnbd -d /dev/nbd0
