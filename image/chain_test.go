@@ -238,6 +238,24 @@ func TestBackingNames(t *testing.T) {
 	d.wants("far/top", "FAR!", "")
 }
 
+// Who does not trust an image does not ask it for its format.
+func TestUntrusted(t *testing.T) {
+	d := newDir(t)
+	d.file("top", "TOY\n")
+	d.chain.Policy.Untrusted = true
+	_, err := d.read("top")
+	if hint, ok := errors.AsType[*image.Hint](err); !ok || !strings.Contains(hint.Advice, "-f raw") {
+		t.Errorf("%v", err)
+	}
+	for _, format := range []string{"toy", "raw"} {
+		dev, err := d.chain.Open(t.Context(), filepath.Join(d.path, "top"), image.OpenOptions{Format: format, ReadOnly: true})
+		if err != nil {
+			t.Fatalf("%s: %v", format, err)
+		}
+		dev.Close()
+	}
+}
+
 func TestUndeclaredFormat(t *testing.T) {
 	d := newDir(t)
 	d.file("raw", "BASE")

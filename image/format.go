@@ -59,6 +59,10 @@ type Options struct {
 	Unmap    bool         // what is given up goes back to the host, as with QEMU's discard=unmap
 	Warn     func(string) // told of what the user should know; may be nil
 
+	// Untrusted is set for an image that nobody vouches for: it is refused if
+	// it asks for more memory than images that are of use do.
+	Untrusted bool
+
 	// Journal is memory that outlives the process, such as a shared mapping of
 	// a file in tmpfs, for formats that hold changes back in memory: what they
 	// have acknowledged survives there if the process dies. If one that died

@@ -74,6 +74,12 @@ func (l *layer) formatOf(ctx context.Context, src *source) (f *Format, looked st
 		f, err = l.chain.format(src.format)
 		return f, "", false, err
 	}
+	if l.chain.Policy.Untrusted {
+		return nil, "", false, &Hint{
+			Err:    errors.New("what an untrusted image says of its format is not believed"),
+			Advice: "give the format: -f raw, -f qcow2",
+		}
+	}
 	f, looked, guessed, err = l.look(ctx, *src)
 	if err != nil {
 		return nil, "", false, err
@@ -132,6 +138,8 @@ func (l *layer) openFormat(ctx context.Context, s storage.Store, f *Format, opt 
 		Params:   src.params,
 		Unmap:    opt.Unmap,
 		Warn:     l.chain.Warn,
+
+		Untrusted: l.chain.Policy.Untrusted,
 	}
 	if opt.ReadOnly {
 		l.missed(s, f)

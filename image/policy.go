@@ -20,6 +20,10 @@ type Policy struct {
 	Dir string
 	// Remote lets an image name URLs too.
 	Remote bool
+	// Untrusted is for images that strangers have made: an image says nothing
+	// of its own format, and formats hold it to strict limits. What it names is
+	// left to Allow.
+	Untrusted bool
 }
 
 // Allow is a rule for the local files that an image may name.
@@ -52,7 +56,7 @@ func (p Policy) checkName(from storage.Store, ref string, src source) (dirs []st
 	if p.Allow == AllowNothing {
 		return nil, &Hint{
 			Err:    refused(ref, "images may not name others"),
-			Advice: "allow it with --backing=any or --backing=same-dir, if the image can be trusted",
+			Advice: "if the image can be trusted, allow it with --backing=any or --backing=same-dir, and do without --untrusted",
 		}
 	}
 	if src.url.Scheme != "file" {

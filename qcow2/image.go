@@ -82,6 +82,12 @@ func open(ctx context.Context, s storage.Store, opt image.Options, hooks *hooks)
 	if h.crypt != cryptNone {
 		return nil, errEncrypted
 	}
+	if opt.Untrusted {
+		if err := h.checkStrict(); err != nil {
+			return nil, err
+		}
+		o.strictCache()
+	}
 	if !opt.ReadOnly && h.incompatible&incompatDirty != 0 {
 		if h, err = repairDirty(ctx, s, h, opt.Warn); err != nil {
 			return nil, err
@@ -99,6 +105,11 @@ func open(ctx context.Context, s storage.Store, opt image.Options, hooks *hooks)
 	}
 	if im.bitmaps, err = readBitmaps(s, h, opt.Warn); err != nil {
 		return nil, err
+	}
+	if opt.Untrusted {
+		if err := checkStrictTables(im.snapshots, im.bitmaps); err != nil {
+			return nil, err
+		}
 	}
 	if f.data, err = openDataFile(ctx, h, s, &opt, &o); err != nil {
 		return nil, err

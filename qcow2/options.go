@@ -48,6 +48,13 @@ func parseOptions(params []image.Param) (Options, error) {
 	return o, nil
 }
 
+// strictCache bounds the memory for L2 tables where the user has not.
+func (o *Options) strictCache() {
+	if o.L2CacheSize < 0 && o.CacheSize < 0 {
+		o.L2CacheSize = strictL2Cache
+	}
+}
+
 // l2Budget returns how many bytes of L2 tables may be kept.
 func (o *Options) l2Budget() int64 {
 	switch {

@@ -25,8 +25,9 @@ type recording struct {
 }
 
 // loadRecordings reads the bitmaps that record writes. One that cannot be
-// relied on is given up: it has no bits, and will be found to be in use.
-func (w *writer) loadRecordings(warn func(string)) error {
+// relied on is given up: it has no bits, and will be found to be in use. So is
+// one that would make all of them have more than most bytes of bits.
+func (w *writer) loadRecordings(most int64, warn func(string)) error {
 	x, err := w.header.bitmapsExtension()
 	if err != nil || x.count == 0 {
 		return err
@@ -35,7 +36,7 @@ func (w *writer) loadRecordings(warn func(string)) error {
 	for c := int64(x.offset) >> w.geo.clusterBits; c < w.geo.clusters(int64(x.offset+x.size)); c++ {
 		used[c] = true
 	}
-	room, at := int64(maxRecording), int64(x.offset)
+	room, at := most, int64(x.offset)
 	for i := range w.bitmaps {
 		b := &w.bitmaps[i]
 		if b.recording() {
@@ -54,7 +55,7 @@ func (w *writer) loadRecordings(warn func(string)) error {
 	return nil
 }
 
-var errTooManyBits = fmt.Errorf("all bitmaps together have more than %d MiB of bits", maxRecording>>20)
+var errTooManyBits = errors.New("all bitmaps together have too many bits")
 
 // load reads the bits of r. Its clusters will be freed one day, so they have to
 // be what they seem: counted, and nobody else's.

@@ -89,7 +89,7 @@ func newWriter(d *disk, h *header, bitmaps []bitmap, opt *image.Options, hooks *
 		w.commit.data = d.data
 		w.rawData = h.autoclear&autoclearDataFileRaw != 0
 	}
-	if err := w.loadRecordings(opt.Warn); err != nil {
+	if err := w.loadRecordings(recordingRoom(opt), opt.Warn); err != nil {
 		return nil, err
 	}
 	var journal *journal

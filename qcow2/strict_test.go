@@ -1,0 +1,80 @@
+package qcow2
+
+import (
+	"errors"
+	"strings"
+	"testing"
+
+	"github.com/imgnbd/imgnbd/image"
+	"github.com/imgnbd/imgnbd/storage/storagetest"
+)
+
+// What is too much for an untrusted image is fine for others, and the most
+// that it may have is not too much.
+func TestStrict(t *testing.T) {
+	table := func(x *builder, entries uint32) {
+		x.h.l1Size = entries
+		x.h.l1Offset = uint64(x.alloc((int64(entries)*8-1)>>x.h.clusterBits + 1))
+	}
+	snapshots := func(x *builder, n uint32, l1Size uint32) {
+		x.h.snapshotCount = n
+		at := x.alloc((int64(n)*(snapshotFixed+8) + x.cs - 1) >> x.h.clusterBits)
+		x.h.snapshotOffset = uint64(at)
+		for i := range int64(n) {
+			x.put(at+i*(snapshotFixed+8), x.h.l1Offset)
+			x.put(at+i*(snapshotFixed+8)+8, uint64(l1Size)<<32|1<<16) // an id of one byte
+			copy(x.b[at+i*(snapshotFixed+8)+snapshotFixed:], "1")
+		}
+	}
+	for _, tt := range []struct {
+		name      string
+		fine, bad func(x *builder)
+		want      string
+	}{
+		{"L1",
+			func(x *builder) { table(x, strictL1Size/8) },
+			func(x *builder) { table(x, strictL1Size/8+1) },
+			"The L1 table has 4194312 bytes, that of an untrusted image may have 4194304"},
+		{"refcounts",
+			func(x *builder) { x.h.refTableClusters = strictRefTable >> 16 },
+			func(x *builder) { x.h.refTableClusters = strictRefTable>>16 + 1 },
+			"The reference count table has"},
+		{"snapshots",
+			func(x *builder) { snapshots(x, strictSnapshots, 1) },
+			func(x *builder) { snapshots(x, strictSnapshots+1, 1) },
+			"The image has 257 snapshots, an untrusted one may have 256"},
+		{"L1 of a snapshot",
+			func(x *builder) { snapshots(x, 1, strictL1Size/8) },
+			func(x *builder) { snapshots(x, 1, strictL1Size/8+1) },
+			`The L1 table of snapshot "1" has 524289 entries, in an untrusted image it may have 524288`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			open := func(edit func(x *builder), untrusted bool) error {
+				x := build(16, 1<<20)
+				edit(x)
+				im, err := Open(t.Context(), storagetest.MemOf(x.bytes()), image.Options{Name: "mem", ReadOnly: true, Untrusted: untrusted})
+				if err == nil {
+					im.Close()
+				}
+				return err
+			}
+			if err := open(tt.fine, true); err != nil {
+				t.Error(err)
+			}
+			if err := open(tt.bad, false); err != nil {
+				t.Error(err)
+			}
+			if err := open(tt.bad, true); !errors.Is(err, errors.ErrUnsupported) || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("%v, want %s", err, tt.want)
+			}
+		})
+	}
+	o := Options{L2CacheSize: -1, CacheSize: -1}
+	if o.strictCache(); o.l2Budget() != strictL2Cache {
+		t.Error(o)
+	}
+	o = Options{L2CacheSize: -1, CacheSize: 64 << 20}
+	if o.strictCache(); o.l2Budget() != 64<<20 {
+		t.Error("the user's word does not count")
+	}
+}
