@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -43,7 +44,11 @@ func (f *file) Close() error {
 	}
 	var err error
 	if f.mapped != nil && f.empty() {
-		err = f.remove()
+		if err = f.remove(); errors.Is(err, fs.ErrPermission) {
+			// The process has become another user: a file with nothing in it is
+			// as good as none.
+			err = unix.Ftruncate(f.fd, 0)
+		}
 	}
 	return errors.Join(err, f.release())
 }

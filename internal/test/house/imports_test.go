@@ -26,6 +26,7 @@ var layers = []struct {
 	{"storage", nil},
 	{"internal/nbd", nil},
 	{"internal/partition", nil},
+	{"internal/sandbox", nil},
 
 	{"image", []string{"storage"}},
 	{"storage/file", []string{"storage"}},
@@ -42,7 +43,7 @@ var layers = []struct {
 	{"internal/drivers", []string{"image", "storage", "storage/file", "raw", "qcow2", "asif"}},
 
 	{"docs", nil}, // the synopsis, embedded
-	{"cmd/imgnbd", []string{"docs", "image", "storage", "export", "connect", "internal/nbd", "internal/partition", "internal/drivers", "internal/journal"}},
+	{"cmd/imgnbd", []string{"docs", "image", "storage", "export", "connect", "internal/nbd", "internal/partition", "internal/drivers", "internal/journal", "internal/sandbox"}},
 
 	{"internal/test/...", []string{"..."}},
 }

@@ -1,0 +1,295 @@
+package sandbox
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// probeVariable tells the test program that it is to be confined: what it may
+// do, as flags. It works in a directory that was made for it.
+const probeVariable = "SANDBOX_PROBE"
+
+func TestMain(m *testing.M) {
+	if flags, ok := os.LookupEnv(probeVariable); ok {
+		probe(flags)
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// probe confines the process, tries what it could not be stopped from, and
+// prints what came of it.
+func probe(flags string) {
+	dir, err := os.Getwd()
+	check(err)
+	var p Policy
+	for flag := range strings.FieldsSeq(flags) {
+		switch flag {
+		case "read":
+			p.Read = []string{filepath.Join(dir, "in/list")}
+		case "remove":
+			p.RemoveIn = []string{filepath.Join(dir, "in")}
+		case "signal":
+			p.Signal = true
+		case "nobody":
+			u, err := LookupUser("65534:65534")
+			check(err)
+			check(Become(u))
+		}
+	}
+	child := exec.Command("/bin/cat") // ends when its input does
+	input, err := child.StdinPipe()
+	check(err)
+	check(child.Start())
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: "in/socket", Net: "unix"})
+	check(err)
+	file, err := os.OpenFile("in/open", os.O_RDWR|os.O_CREATE, 0o600)
+	check(err)
+
+	// Threads that are there before the filter, and busy, have it too.
+	const threads = 8
+	var there, over sync.WaitGroup
+	release := make(chan struct{})
+	tried := make(chan error, threads)
+	there.Add(threads)
+	for range threads {
+		over.Go(func() {
+			runtime.LockOSThread()
+			there.Done()
+			<-release
+			_, err := unix.Open("/etc/hostname", unix.O_WRONLY|unix.O_CREAT, 0)
+			tried <- err
+		})
+	}
+	there.Wait()
+	r := Enter(p)
+	close(release)
+	over.Wait()
+	for range threads {
+		say("thread", <-tried)
+	}
+	say("calls", r.Calls)
+	say("files", r.Files)
+
+	try := func(name string, nr, a, b, c, d uintptr) {
+		_, _, errno := unix.Syscall6(nr, a, b, c, d, 0, 0)
+		if errno != 0 {
+			say(name, errno)
+			return
+		}
+		say(name, nil)
+	}
+	say("exec", exec.Command("/bin/true").Run())
+	say("exec in place", unix.Exec("/bin/true", []string{"true"}, nil))
+	_, err = os.ReadFile("/etc/passwd")
+	say("read another", err)
+	_, err = os.ReadFile("in/list")
+	say("read", err)
+	say("write", os.WriteFile("in/list", nil, 0o600))
+	say("make", os.WriteFile("in/new", nil, 0o600))
+	say("mkdir", os.Mkdir("in/dir", 0o700))
+	say("rename", os.Rename("in/list", "in/else"))
+	say("link", os.Link("in/list", "in/else"))
+	say("symlink", os.Symlink("list", "in/else"))
+	say("chmod", os.Chmod("in/list", 0o777))
+	say("chown", os.Chown("in/list", 0, 0))
+	say("truncate", os.Truncate("in/list", 0))
+	say("remove", os.Remove("in/socket"))
+	say("remove another", os.Remove("out/file"))
+	_, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+	say("socket", err)
+	say("signal a stranger", unix.Kill(os.Getppid(), 0))
+	say("signal a child", unix.Kill(child.Process.Pid, 0))
+	say("signal itself", unix.Kill(os.Getpid(), 0))
+	try("ptrace", unix.SYS_PTRACE, unix.PTRACE_ATTACH, uintptr(child.Process.Pid), 0, 0)
+	try("unshare", unix.SYS_UNSHARE, unix.CLONE_NEWNS, 0, 0, 0)
+	try("mount", unix.SYS_MOUNT, 0, 0, 0, 0)
+	try("io_uring", unix.SYS_IO_URING_SETUP, 1, 0, 0, 0)
+	try("fork", unix.SYS_CLONE, uintptr(unix.SIGCHLD), 0, 0, 0)
+	try("clone3", unix.SYS_CLONE3, 0, 0, 0, 0)
+	try("from the future", newest+1, 0, 0, 0, 0)
+	try("become root", unix.SYS_SETUID, 0, 0, 0, 0)
+	_, err = unix.Mmap(-1, 0, 4096, unix.PROT_READ|unix.PROT_EXEC, unix.MAP_PRIVATE|unix.MAP_ANON)
+	say("code", err)
+	say("type", unix.IoctlSetPointerInt(0, unix.TIOCSTI, 'x'))
+
+	// What a server does.
+	_, err = file.WriteAt(make([]byte, 8192), 0)
+	say("use: write", err)
+	say("use: sync", unix.Fdatasync(int(file.Fd())))
+	say("use: punch", unix.Fallocate(int(file.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, 4096))
+	say("use: grow", file.Truncate(1<<20))
+	say("use: memory", func() error {
+		_, err := unix.Mmap(-1, 0, 1<<20, unix.PROT_READ, unix.MAP_PRIVATE|unix.MAP_ANON)
+		return err
+	}())
+	say("use: close", errors.Join(file.Close(), l.Close()))
+	var more sync.WaitGroup
+	for range threads { // new threads
+		more.Go(func() { runtime.LockOSThread(); runtime.GC() })
+	}
+	more.Wait()
+	say("use: end of a child", errors.Join(input.Close(), child.Wait()))
+}
+
+func say(name string, err error) {
+	var errno syscall.Errno
+	switch {
+	case err == nil:
+		fmt.Printf("%s: yes\n", name)
+	case errors.As(err, &errno) && errno == unix.EPERM || errno == unix.EACCES:
+		fmt.Printf("%s: no\n", name)
+	default:
+		fmt.Printf("%s: %v\n", name, err)
+	}
+}
+
+func check(err error) {
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+}
+
+// build returns this test as a program without C, as the product is.
+func build(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "probe")
+	cmd := exec.Command("go", "test", "-c", "-o", path, ".")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return path
+}
+
+// result runs the probe and returns what it said, by name.
+func result(t *testing.T, program, flags string) map[string]string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "sandbox") // t.TempDir lets in this user alone
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	for _, d := range []string{dir, filepath.Join(dir, "in"), filepath.Join(dir, "out")} {
+		os.Mkdir(d, 0o777)
+		if err := os.Chmod(d, 0o777); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, f := range []string{"in/list", "out/file"} {
+		if err := os.WriteFile(filepath.Join(dir, f), []byte("text"), 0o666); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cmd := exec.Command(program)
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), probeVariable+"="+flags)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	said := map[string]string{}
+	for lines := bufio.NewScanner(strings.NewReader(string(out))); lines.Scan(); {
+		name, what, _ := strings.Cut(lines.Text(), ": ")
+		if strings.HasPrefix(name, "use") {
+			name, what, _ = strings.Cut(what, ": ")
+			name = "use: " + name
+		}
+		if old, ok := said[name]; ok && old != what {
+			t.Errorf("%s: %s and %s", name, old, what)
+		}
+		said[name] = what
+	}
+	if said["calls"] != "yes" {
+		t.Skipf("this kernel cannot filter system calls: %s", said["calls"])
+	}
+	return said
+}
+
+func TestEnter(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("needs root, to whom the system itself would refuse nothing")
+	}
+	bare := build(t)
+	for _, tt := range []struct{ name, program, flags string }{
+		{"alone", bare, ""},
+		{"with C", os.Args[0], ""},
+		{"reading", bare, "read"},
+		{"reading, with C", os.Args[0], "read"},
+		{"removing", bare, "remove"},
+		{"signalling", bare, "signal"},
+		{"all of it, as nobody", bare, "read remove signal nobody"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			has := func(flag string) bool { return strings.Contains(tt.flags, flag) }
+			said := result(t, tt.program, tt.flags)
+			confined := said["files"] == "yes"
+			if !confined {
+				t.Logf("paths are not confined: %s", said["files"])
+			}
+			may := map[string]bool{
+				"calls": true, "files": confined, "signal itself": true,
+				"read":         has("read"),
+				"read another": has("read") && !confined,
+				"remove":       has("remove"), "remove another": has("remove") && !confined,
+				"signal a child":    has("signal"),
+				"signal a stranger": has("signal") && !has("nobody"),
+			}
+			for name, what := range said {
+				want := "no"
+				switch {
+				case name == "files" && !confined:
+					continue
+				case strings.HasPrefix(name, "use") || may[name]:
+					want = "yes"
+				case name == "clone3" || name == "from the future":
+					want = unix.ENOSYS.Error()
+				}
+				if what != want {
+					t.Errorf("%s: %s, want %s", name, what, want)
+				}
+			}
+			if len(said) < 35 {
+				t.Errorf("only %d lines", len(said))
+			}
+		})
+	}
+}
+
+func TestLookupUser(t *testing.T) {
+	me, err := user.Current()
+	if err != nil {
+		t.Fatal(err)
+	}
+	uid, _ := strconv.Atoi(me.Uid)
+	gid, _ := strconv.Atoi(me.Gid)
+	for _, name := range []string{me.Username, me.Uid, me.Username + ":" + me.Gid, me.Uid + ":" + me.Gid} {
+		u, err := LookupUser(name)
+		if err != nil || u.UID != uid || u.GID != gid {
+			t.Errorf("%s: %+v, %v", name, u, err)
+		}
+		if strings.Contains(name, ":") && len(u.Groups) > 0 {
+			t.Errorf("%s: more groups than were asked for: %v", name, u.Groups)
+		}
+	}
+	for _, name := range []string{"", "no such user", "1234567", "-1:0", "0:no such group", "4294967295:0", "0:-1", ":0"} {
+		if u, err := LookupUser(name); err == nil {
+			t.Errorf("%q: %+v", name, u)
+		}
+	}
+}
