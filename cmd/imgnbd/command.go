@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"slices"
 	"strings"
 
@@ -38,11 +39,19 @@ func findCommand(name string) *command {
 	return commands()[i]
 }
 
-// run is the program. It returns the exit status.
-func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+// process is the program as a process of its own.
+func process() int {
+	args := os.Args
 	if len(args) == 0 {
 		args = []string{"imgnbd"}
 	}
+	u := newUI(args[0], os.Stdin, os.Stdout, os.Stderr)
+	u.alone = true
+	return u.fail(dispatch(u, args[1:]))
+}
+
+// run is the program within another. It returns the exit status.
+func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	u := newUI(args[0], stdin, stdout, stderr)
 	return u.fail(dispatch(u, args[1:]))
 }

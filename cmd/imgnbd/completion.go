@@ -50,6 +50,8 @@ func choices(option string) []string {
 		return []string{"off", "on", "unmap"}
 	case "backing":
 		return backingPolicies
+	case "sandbox":
+		return sandboxModes
 	case "output":
 		return []string{"human", "json"}
 	}

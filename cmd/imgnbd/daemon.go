@@ -23,7 +23,7 @@ const daemonVariable = "IMGNBD_DAEMON"
 // A daemon is the side of --fork that stays.
 type daemon struct {
 	readiness *os.File // when it is ready, its result and a zero go there
-	stderr    *os.File // where messages go from then on; nil: nowhere
+	stderr    *os.File // where messages go from then on
 	listen    *os.File // the socket that was passed to the parent, or nil
 }
 
@@ -64,8 +64,11 @@ func startDaemon(u *ui, args []string, listen *os.File, keepStderr bool) error {
 		return 2 + len(cmd.ExtraFiles)
 	}
 	stderr, _ := u.stderr.(*os.File)
-	if !keepStderr {
-		stderr = nil
+	if !keepStderr || stderr == nil {
+		if stderr, err = os.OpenFile(os.DevNull, os.O_RDWR, 0); err != nil {
+			return err
+		}
+		defer stderr.Close()
 	}
 	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d,%d,%d", daemonVariable, pass(readyW), pass(stderr), pass(listen)))
 	err = cmd.Start()
@@ -121,18 +124,10 @@ func (d *daemon) ready() error { return d.readyWith("") }
 
 // readyWith also has the parent print a result.
 func (d *daemon) readyWith(result string) error {
-	to := d.stderr
-	if to == nil {
-		null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
-		if err != nil {
-			return err
-		}
-		to = null
-	}
-	defer to.Close()
+	defer d.stderr.Close()
 	if _, err := d.readiness.Write(append([]byte(result), 0)); err != nil {
 		return fmt.Errorf("nobody waits for this server: %w", err)
 	}
 	d.readiness.Close()
-	return redirect(to, 2)
+	return redirect(d.stderr, 2)
 }

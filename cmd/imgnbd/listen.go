@@ -16,8 +16,9 @@ import (
 // A place is where clients connect.
 type place struct {
 	listeners []net.Listener
-	uri       nbd.URI // of the first listener, without the export's name
-	remove    func()  // what Close of the listeners leaves behind
+	uri       nbd.URI  // of the first listener, without the export's name
+	remove    func()   // what Close of the listeners leaves behind
+	dirs      []string // in which that is
 }
 
 func (p *place) close() {
@@ -82,6 +83,7 @@ func listenUnix(path string, mode *uint64) (*place, error) {
 	return &place{
 		listeners: []net.Listener{l},
 		uri:       nbd.URI{Network: "unix", Address: path},
+		dirs:      []string{filepath.Dir(path)},
 		remove: func() {
 			// By now it may be the socket of a server that came after this one.
 			if now, err := os.Lstat(path); err == nil && os.SameFile(made, now) {
@@ -121,7 +123,12 @@ func listenTemporary() (*place, error) {
 		os.Remove(dir)
 		return nil, err
 	}
-	p.remove = func() { os.RemoveAll(dir) }
+	inner := p.remove
+	p.remove = func() {
+		inner()
+		os.Remove(dir)
+	}
+	p.dirs = append(p.dirs, filepath.Dir(dir))
 	return p, nil
 }
 

@@ -8,4 +8,4 @@ import (
 	"os"
 )
 
-func main() { os.Exit(run(os.Args, os.Stdin, os.Stdout, os.Stderr)) }
+func main() { os.Exit(process()) }

@@ -23,7 +23,7 @@ var realQEMUNBD string
 
 func TestMain(m *testing.M) {
 	realQEMUNBD, _ = exec.LookPath("qemu-nbd")
-	program := func() { os.Exit(run(os.Args, os.Stdin, os.Stdout, os.Stderr)) }
+	program := func() { os.Exit(process()) }
 	testscript.Main(m, map[string]func(){"imgnbd": program, "qemu-nbd": program})
 }
 

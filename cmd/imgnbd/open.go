@@ -24,6 +24,7 @@ type imageOptions struct {
 	forceShare bool
 	backing    string
 	backingDir string
+	untrusted  bool // of serving: the image names nothing, says no format, and is held to strict limits
 }
 
 var backingPolicies = []string{"any", "same-dir", "none"}
@@ -54,11 +55,11 @@ func (o *imageOptions) addBacking(fs *pflag.FlagSet) {
 
 // chain returns what opens images by these options. Its warnings go to u.
 func (o *imageOptions) chain(u *ui) *image.Chain {
-	policy := image.Policy{Dir: o.backingDir}
-	switch o.backing {
-	case "same-dir":
+	policy := image.Policy{Dir: o.backingDir, Untrusted: o.untrusted}
+	switch {
+	case o.backing == "same-dir":
 		policy.Allow = image.AllowSameDir
-	case "none":
+	case o.backing == "none" || o.untrusted:
 		policy.Allow = image.AllowNothing
 	}
 	return &image.Chain{

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -12,6 +13,7 @@ import (
 	"github.com/imgnbd/imgnbd/export"
 	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/internal/nbd"
+	"github.com/imgnbd/imgnbd/internal/sandbox"
 )
 
 // serveOptions are what the bare command was asked for.
@@ -54,6 +56,8 @@ type serveOptions struct {
 	contexts     []export.MetaContext // of the bitmaps, once the image is open
 
 	connect connectOptions
+
+	confinement confinement
 
 	// What else the process does.
 	list       bool
@@ -239,8 +243,20 @@ func newServeOptions() *serveOptions {
 		return nil
 	})
 	fs.BoolVar(&o.connect.force, "force", false, "")
+	value(fs, "user", "", func(s string) (err error) {
+		o.confinement.user, err = sandbox.LookupUser(s)
+		return err
+	})
+	value(fs, "sandbox", "", func(s string) error {
+		if !slices.Contains(sandboxModes, s) {
+			return fmt.Errorf("--sandbox=%s is none of %s", s, strings.Join(sandboxModes, ", "))
+		}
+		o.confinement.sandbox = s
+		return nil
+	})
+	fs.BoolVar(&o.confinement.untrusted, "untrusted", false, "")
 	value(fs, "journal", "", o.journal.set)
-	for _, name := range []string{"journal", "stdio", "run", "vsock", "partition", "backing", "backing-dir", "tls-mode", "allow", "deny", "allow-file", "socket-mode", "connections", "max-part", "dead-timeout", "force"} {
+	for _, name := range []string{"journal", "stdio", "run", "vsock", "partition", "backing", "backing-dir", "tls-mode", "allow", "deny", "allow-file", "socket-mode", "connections", "max-part", "dead-timeout", "force", "user", "sandbox", "untrusted"} {
 		fs.SetAnnotation(name, own, nil)
 	}
 	return o

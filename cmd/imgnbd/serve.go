@@ -97,7 +97,10 @@ func (o *serveOptions) check(operands []string) error {
 			return fmt.Errorf("--%s and --%s exclude each other", pair[0], pair[1])
 		}
 	}
-	return o.connect.check(o)
+	if err := o.connect.check(o); err != nil {
+		return err
+	}
+	return o.confinement.check(o)
 }
 
 // open opens the image and wraps it in what the options ask for.

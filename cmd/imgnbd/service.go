@@ -139,13 +139,29 @@ func (s *service) announce() (err error) {
 			return err
 		}
 		go func() { s.ended <- s.command.Wait() }()
-	} else if err := os.Chdir("/"); err != nil { // keep no file system busy
-		return err
+	}
+	if err := s.confine(); err != nil {
+		return errors.Join(err, s.killCommand())
+	}
+	if s.command == nil {
+		if err := os.Chdir("/"); err != nil { // keep no file system busy
+			return err
+		}
 	}
 	if s.daemon != nil {
 		return s.daemon.ready()
 	}
 	return nil
+}
+
+// killCommand ends a command that nobody will serve.
+func (s *service) killCommand() error {
+	if s.command == nil {
+		return nil
+	}
+	err := s.command.Process.Kill()
+	<-s.ended
+	return err
 }
 
 // serve accepts clients until something ends that, and then lets those that

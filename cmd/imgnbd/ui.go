@@ -27,10 +27,11 @@ type ui struct {
 	name           string // its last element
 	stdin          io.Reader
 	stdout, stderr io.Writer
+	alone          bool // the process is this program's, and may be confined
 }
 
 func newUI(called string, stdin io.Reader, stdout, stderr io.Writer) *ui {
-	return &ui{called, filepath.Base(called), stdin, stdout, stderr}
+	return &ui{called: called, name: filepath.Base(called), stdin: stdin, stdout: stdout, stderr: stderr}
 }
 
 // compat reports whether the program was called by qemu-nbd's name.
