@@ -4,7 +4,10 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
+	"fmt"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/imgnbd/imgnbd/image"
@@ -107,6 +110,55 @@ func TestTakeoverRefused(t *testing.T) {
 			}
 			if !bytes.Equal(memory, before) {
 				t.Error("the journal was changed")
+			}
+		})
+	}
+}
+
+// After a failed sync the journal promises nothing: who comes next is told, be
+// it by the journal, or by the error of closing the image.
+func TestJournalAfterFailedSync(t *testing.T) {
+	for _, dies := range []bool{true, false} {
+		t.Run(fmt.Sprintf("dies %t", dies), func(t *testing.T) {
+			memory := newJournalMemory(1024)
+			mem := memImage(t, "cluster_size=4k", "1M", 0)
+			store := storagetest.Fault(mem, nil)
+			im, err := Open(context.Background(), store, image.Options{Journal: memory})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := im.WriteAt([]byte{1}, 0, 0); err != nil {
+				t.Fatal(err)
+			}
+			store.Inject(storagetest.Nth(storagetest.OpSync, 1, storagetest.Failure{Err: syscall.EIO}))
+			if err := im.Flush(); !errors.Is(err, syscall.EIO) {
+				t.Fatalf("flush: %v", err)
+			}
+			// This one is answered, and in the journal.
+			if err := im.WriteAt([]byte{2}, 8192, 0); err != nil {
+				t.Fatal(err)
+			}
+			if dies {
+				im.writer.commit.stop()
+				im.mapping.close()
+			} else if err := im.writer.close(); !errors.Is(err, syscall.EIO) {
+				t.Fatalf("close: %v", err)
+			}
+			im, err = Open(context.Background(), mem, image.Options{Journal: memory})
+			if dies {
+				if !errors.Is(err, image.ErrJournal) || !strings.Contains(err.Error(), "a sync of the image failed") {
+					t.Errorf("got %v", err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := im.WriteAt([]byte{3}, 0, 0); err != nil {
+				t.Error(err)
+			}
+			if err := errors.Join(im.Flush(), im.Close()); err != nil {
+				t.Errorf("opened again: %v", err)
 			}
 		})
 	}

@@ -350,6 +350,9 @@ func (w *writer) close() error {
 	}
 	w.commit.stop()
 	if err != nil {
+		if w.journal != nil && w.commit.failure() != nil {
+			w.journal.void() // who closes is told, and whoever opens the image next begins anew
+		}
 		return err
 	}
 	if w.marks {

@@ -25,12 +25,14 @@ func (b *barrier) sync(datasync func() error) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.err != nil {
-		return fmt.Errorf("an earlier sync failed: %w", b.err)
+		return b.err
 	}
 	if b.begun.Load() > before {
 		return nil // one began after our call, and has ended well
 	}
 	b.begun.Add(1)
-	b.err = retry(datasync)
+	if err := retry(datasync); err != nil {
+		b.err = fmt.Errorf("what was written since the last flush may be lost, and no flush succeeds until the image is opened again: %w", err)
+	}
 	return b.err
 }
