@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -18,7 +19,8 @@ import (
 // A short run of every server here: there are figures of each, and neither a
 // process nor a file is left.
 func TestRun(t *testing.T) {
-	qemu.Require(t, "qemu-nbd", "nbdkit", "nbd-server", "qemu-img", "qemu-io")
+	qemu.Require(t, "qemu-nbd", "nbdkit", "nbd-server", "qemu-img", "qemu-io", "nbdcopy")
+	qemu.Newer(t, "nbdkit")
 	dir := t.TempDir()
 	out := filepath.Join(dir, "figures.json")
 	before := descendants(os.Getpid())
@@ -26,7 +28,8 @@ func TestRun(t *testing.T) {
 	err := run(t.Context(), []string{
 		"-imgnbd", "none", "-repeats", "2", "-time", "20ms", "-size", "64", "-disk", dir, "-json", out,
 		"-server", "mine=nbdkit -f -U {socket} file {image}",
-		"-run", `^(raw read 1M qd16(, tcp|, structured)?|raw rand write 4k qd32|new raw write 64k qd16|qcow2 (rand read 4k qd1|first rand write 4k qd32|chain of 4 rand read 4k qd32))$`,
+		"-servers", `^(mine|nbdkit( \(Debian 13\))?|nbd-server|qemu-nbd (threads|io_uring))$`,
+		"-run", `^(raw rand read 4k qd32, cold|(sparse )?raw nbdcopy|qcow2 of 1 TiB start to first byte|raw read 1M qd16(, tcp|, structured)?|raw rand write 4k qd32|new raw write 64k qd16|qcow2 (rand read 4k qd1|first rand write 4k qd32|chain of 4 rand read 4k qd32))$`,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -39,18 +42,18 @@ func TestRun(t *testing.T) {
 	if err := json.Unmarshal(text, &findings); err != nil {
 		t.Fatal(err)
 	}
-	if len(findings) != 8 {
-		t.Errorf("%d workloads, want 8", len(findings))
+	if len(findings) != 12 {
+		t.Errorf("%d workloads, want 12", len(findings))
 	}
 	for _, f := range findings {
-		want := 5
+		want := 6
 		switch {
 		case strings.HasPrefix(f.Workload, "qcow2"):
 			want = 2 // both qemu-nbd
 		case strings.HasSuffix(f.Workload, "tcp"):
-			want = 4 // the server that is given has no command for TCP
+			want = 5 // the server that is given has no command for TCP
 		case strings.HasSuffix(f.Workload, "structured"):
-			want = 4 // not nbd-server
+			want = 5 // not nbd-server
 		}
 		if len(f.Rows) != want {
 			t.Errorf("%s: %d servers, want %d", f.Workload, len(f.Rows), want)
@@ -100,7 +103,7 @@ func TestRatio(t *testing.T) {
 	rates := func(s server, v ...float64) row {
 		var samples []sample
 		for _, r := range v {
-			samples = append(samples, sample{load.Result{Ops: 100, Bytes: 1 << 20, Rate: r}, 2e-4})
+			samples = append(samples, sample{load.Result{Ops: 100, Bytes: 1 << 20, Rate: r}, 2e-4, 0})
 		}
 		return newRow(s, samples)
 	}
@@ -110,10 +113,10 @@ func TestRatio(t *testing.T) {
 		rates(server{name: "slow"}, 500, 1, 1), // once fast is not best
 		rates(server{name: "best"}, 10, 30, 10),
 	})
-	if want := (ratio{To: "best", Median: 3, Least: 2, Most: 4, CPU: 1}); f.Peer == nil || *f.Peer != want {
+	if want := (ratio{To: "best", Pairs: 3, Median: 3, Least: 2, Most: 4, CPU: 1}); f.Peer == nil || *f.Peer != want {
 		t.Errorf("to the peer %+v, want %+v", f.Peer, want)
 	}
-	if want := (ratio{To: "old", Median: 2, Least: 2, Most: 3, CPU: 1}); f.Base == nil || *f.Base != want {
+	if want := (ratio{To: "old", Pairs: 3, Median: 2, Least: 2, Most: 3, CPU: 1}); f.Base == nil || *f.Base != want {
 		t.Errorf("to the other build %+v, want %+v", f.Base, want)
 	}
 	if r := f.Rows[0]; r.CPUop != 2 {
@@ -121,9 +124,53 @@ func TestRatio(t *testing.T) {
 	}
 }
 
+// Who takes part in what.
+func TestCan(t *testing.T) {
+	for name, want := range map[string]string{
+		"raw read 1M qd16":                "imgnbd, qemu-nbd threads, qemu-nbd io_uring, nbdkit, nbd-server",
+		"raw read 1M qd16, structured":    "imgnbd, qemu-nbd threads, qemu-nbd io_uring, nbdkit",
+		"raw rand read 4k qd32, O_DIRECT": "imgnbd, qemu-nbd threads, qemu-nbd io_uring, qemu-nbd native",
+		"qcow2 read 1M qd16, tcp":         "imgnbd, qemu-nbd threads, qemu-nbd io_uring",
+	} {
+		i := slices.IndexFunc(workloads, func(w workload) bool { return w.name == name })
+		if i < 0 {
+			t.Errorf("no workload %s", name)
+			continue
+		}
+		var who []string
+		for _, s := range append([]server{imgnbd("imgnbd", "A=b C=d imgnbd")}, peers("", "")...) {
+			if s.can(workloads[i]) {
+				who = append(who, s.name)
+			}
+		}
+		if got := strings.Join(who, ", "); got != want {
+			t.Errorf("%s: %s, want %s", name, got, want)
+		}
+		c := strings.Join(imgnbd("", "A=b C=d imgnbd").command(workloads[i]), " ")
+		if !strings.HasPrefix(c, "env A=b C=d imgnbd -") || strings.HasSuffix(c, "--cache=none {image}") != (workloads[i].place == direct) {
+			t.Errorf("%s: %s", name, c)
+		}
+	}
+}
+
+func TestJudge(t *testing.T) {
+	g := must(2).stretch(3)
+	for ratio, want := range map[float64]string{1.9: "; SHORT of must 2; SHORT of stretch 3", 2: "; must 2; SHORT of stretch 3", 3: "; must 2; stretch 3"} {
+		if got := g.judge(ratio); got != want {
+			t.Errorf("%v: %q, want %q", ratio, got, want)
+		}
+	}
+	if got := parity().judge(0.95); got != "; parity 0.95" {
+		t.Error(got)
+	}
+	if got := (goal{}).judge(0.1); got != "" {
+		t.Error(got)
+	}
+}
+
 func TestPlot(t *testing.T) {
 	svg := plot([]finding{
-		{Workload: "fast & far", Peer: &ratio{To: "p", Median: 3, Least: 0.01, Most: 1000}},
+		{Workload: "fast & far", Goal: must(2).stretch(4), Peer: &ratio{To: "p", Median: 3, Least: 0.01, Most: 1000}},
 		{Workload: "no peer"},
 		{Workload: "slow", Peer: &ratio{To: "p", Median: 0.9, Least: 0.8, Most: 0.95}},
 	})
@@ -146,6 +193,9 @@ func TestTable(t *testing.T) {
 	for _, w := range workloads {
 		if w.quick {
 			quick[w.kind.format]++
+		}
+		if g := w.goal; g.Must < 0 || g.Parity > 1 || g.Stretch > 0 && g.Stretch <= max(g.Must, g.Parity) {
+			t.Errorf("%s: goals %+v", w.name, g)
 		}
 		if names[w.name] {
 			t.Errorf("%s is there twice", w.name)

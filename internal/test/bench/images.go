@@ -42,17 +42,22 @@ func (i *images) remove() {
 	}
 }
 
-// get returns the path of an image that a workload needs, in the page cache.
+// sizeOf returns the bytes of a disk.
+func (i *images) sizeOf(k kind) int64 {
+	return cmp.Or(k.size, i.size*max(k.times, 1))
+}
+
+// get returns the path of an image that a workload needs. What fits lies in the
+// page cache.
 func (i *images) get(w workload) (string, error) {
 	dir := i.memory
-	if w.onDisk {
+	if w.place != memory {
 		dir = i.disk
 	}
 	file := filepath.Join(dir, strings.ReplaceAll(w.kind.name, " ", "-"))
 	if w.kind.fresh {
 		os.Remove(file)
-		args := append([]string{"create", "-q"}, w.kind.create...)
-		return file, qemuImg(append(args, file, fmt.Sprint(cmp.Or(w.kind.size, i.size)))...)
+		return file, i.create(file, w.kind)
 	}
 	if i.made[file] != "" {
 		return file, nil
@@ -62,8 +67,20 @@ func (i *images) get(w workload) (string, error) {
 		if err := i.chain(file, w.kind.chain); err != nil {
 			return "", err
 		}
+	case w.kind.create != nil:
+		if err := i.create(file, w.kind); err != nil {
+			return "", err
+		}
+		i.made[file] = file
+		return file, nil // it is all holes
+	case w.kind.sparse:
+		if err := i.scatter(file, i.sizeOf(w.kind)); err != nil {
+			return "", err
+		}
+		i.made[file] = file
+		return file, nil
 	case w.kind.convert == nil:
-		if err := i.fill(file); err != nil {
+		if err := i.fill(file, i.sizeOf(w.kind)); err != nil {
 			return "", err
 		}
 	default:
@@ -80,9 +97,34 @@ func (i *images) get(w workload) (string, error) {
 	return file, warm(file)
 }
 
+func (i *images) create(file string, k kind) error {
+	args := append([]string{"create", "-q"}, k.create...)
+	return qemuImg(append(args, file, fmt.Sprint(i.sizeOf(k)))...)
+}
+
+// scatter makes a raw image with a MiB of data in each 256.
+func (i *images) scatter(file string, size int64) error {
+	f, err := os.Create(file)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	data := make([]byte, 1<<20)
+	rand.NewChaCha8([32]byte{7}).Read(data)
+	for at := int64(0); at < size; at += 256 << 20 {
+		if _, err := f.WriteAt(data, at); err != nil {
+			return err
+		}
+	}
+	if err := f.Truncate(size); err != nil {
+		return err
+	}
+	return f.Close()
+}
+
 // fill makes a raw image full of data of which each 64 KiB compress to about
 // half.
-func (i *images) fill(file string) error {
+func (i *images) fill(file string, size int64) error {
 	f, err := os.Create(file)
 	if err != nil {
 		return err
@@ -90,7 +132,7 @@ func (i *images) fill(file string) error {
 	defer f.Close()
 	rng := rand.NewChaCha8([32]byte{5})
 	block := make([]byte, 64<<10)
-	for n := int64(0); n < i.size; n += int64(len(block)) {
+	for n := int64(0); n < size; n += int64(len(block)) {
 		rng.Read(block[:len(block)/2])
 		text := fmt.Appendf(nil, "block at %d; ", n)
 		for rest := block[len(block)/2:]; len(rest) > 0; {

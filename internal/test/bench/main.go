@@ -1,15 +1,17 @@
 //go:build linux
 
-// bench measures the program beside qemu-nbd, nbdkit and nbd-server.
+// bench measures the program beside qemu-nbd, nbdkit and nbd-server, the
+// system's and those of Debian 13.
 //
 // Machines differ, and one machine differs from minute to minute; so all
 // servers serve the same images in one run, one after the other, repeatedly and
 // in alternating order, and what counts is the ratio within a repeat. The CPU
 // time that a server took for an operation is steadier than its rate.
 //
-//	go run ./internal/test/bench                      eleven workloads, under 3 minutes
-//	go run ./internal/test/bench -full                all of them
-//	go run ./internal/test/bench -base old/imgnbd     two builds of ours, too
+//	go run ./internal/test/bench                          eleven workloads, under 3 minutes
+//	go run ./internal/test/bench -full                    all of them, 9 times
+//	go run ./internal/test/bench -base old/imgnbd         two builds of ours, too
+//	go run ./internal/test/bench -imgnbd bin/imgnbd -base 'GOMAXPROCS=1 bin/imgnbd'
 //
 // It serves on Unix sockets and 127.0.0.1 only, ends what it has started, and
 // removes the images, which lie in /dev/shm and in the folder of -disk.
@@ -32,8 +34,6 @@ import (
 	"time"
 
 	xunix "golang.org/x/sys/unix"
-
-	"github.com/imgnbd/imgnbd/internal/test/load"
 )
 
 func main() {
@@ -63,14 +63,14 @@ type options struct {
 func parse(args []string) (o options, err error) {
 	f := flag.NewFlagSet("bench", flag.ExitOnError)
 	f.BoolVar(&o.full, "full", false, "all workloads, not only eleven")
-	f.IntVar(&o.repeats, "repeats", 3, "how often each server is measured in each workload")
-	f.DurationVar(&o.duration, "time", 600*time.Millisecond, "how long each time")
+	f.IntVar(&o.repeats, "repeats", 0, "how often each server is measured in each workload (default 3, with -full 9); after two, only ours and the fastest peers")
+	f.DurationVar(&o.duration, "time", 400*time.Millisecond, "how long each time")
 	mib := f.Int64("size", 256, "MiB of each image")
 	f.StringVar(&o.disk, "disk", "", "folder on a disk (default is the system's for temporary files)")
 	f.StringVar(&o.json, "json", "", "file to write all figures to")
 	f.StringVar(&o.plot, "plot", "", "file to draw the ratios to the best peers in, as SVG")
 	f.StringVar(&o.imgnbd, "imgnbd", "", "the program (default is built from ./cmd/imgnbd); none: peers only")
-	f.StringVar(&o.base, "base", "", "another build of it, to compare with")
+	f.StringVar(&o.base, "base", "", "another build of it to compare with, or [NAME=VALUE...] PATH: with another environment")
 	f.StringVar(&o.match, "run", "", "only workloads that match this regular expression, of all")
 	f.StringVar(&o.servers, "servers", "", "only servers that match this regular expression")
 	f.Func("server", "another server, NAME=COMMAND, split at blanks, with {socket}, {format} and {image}; may be repeated", func(v string) error {
@@ -88,6 +88,12 @@ func parse(args []string) (o options, err error) {
 	f.Parse(args)
 	if f.NArg() > 0 {
 		return o, fmt.Errorf("unknown argument %q", f.Arg(0))
+	}
+	if o.repeats == 0 {
+		o.repeats = 3
+		if o.full {
+			o.repeats = 9
+		}
 	}
 	if o.repeats < 1 || *mib < 64 {
 		return o, fmt.Errorf("%d repeats of %d MiB: too little", o.repeats, *mib)
@@ -132,7 +138,7 @@ func run(ctx context.Context, args []string) error {
 			failed = errors.Join(failed, fmt.Errorf("%s: %w", w.name, err))
 			continue
 		}
-		f.print(os.Stdout, w.load.Block >= 64*k)
+		f.print(os.Stdout)
 		findings = append(findings, f)
 	}
 	summary(os.Stdout, findings)
@@ -171,77 +177,14 @@ func choose(ctx context.Context, o options, dir string) ([]server, error) {
 		servers = append(servers, imgnbd("base", o.base))
 	}
 	servers = append(servers, o.more...)
-	for _, s := range peers {
-		if _, err := exec.LookPath(s.unix[0]); err != nil {
-			fmt.Fprintf(os.Stderr, "bench: %s is not measured: %v\n", s.name, err)
-			continue
-		}
-		servers = append(servers, s)
+	found, missing := installed()
+	if len(missing) > 0 {
+		fmt.Fprintf(os.Stderr, "bench: not installed, and not measured: %s\n", strings.Join(missing, ", "))
 	}
+	servers = append(servers, found...)
 	servers = slices.DeleteFunc(servers, func(s server) bool { return !match.MatchString(s.name) })
 	if len(servers) == 0 {
 		return nil, fmt.Errorf("no server matches %q", o.servers)
 	}
 	return servers, nil
-}
-
-// measure runs a workload against all servers that can serve it.
-func measure(ctx context.Context, o options, w workload, servers []server, img *images) (finding, error) {
-	samples := make([][]sample, len(servers))
-	order := make([]int, 0, len(servers))
-	for i, s := range servers {
-		if s.can(w) {
-			order = append(order, i)
-		}
-	}
-	for range o.repeats {
-		for _, i := range order {
-			s, err := once(ctx, o, w, servers[i], img)
-			if err != nil {
-				return finding{}, fmt.Errorf("%s: %w", servers[i].name, err)
-			}
-			samples[i] = append(samples[i], s)
-		}
-		slices.Reverse(order)
-	}
-	var rows []row
-	for i, s := range servers {
-		if len(samples[i]) > 0 {
-			rows = append(rows, newRow(s, samples[i]))
-		}
-	}
-	return newFinding(w, rows), nil
-}
-
-// warmUp is how long a server is loaded before it is measured.
-const warmUp = 50 * time.Millisecond
-
-// once measures one server once.
-func once(ctx context.Context, o options, w workload, s server, img *images) (sample, error) {
-	file, err := img.get(w)
-	if err != nil {
-		return sample{}, err
-	}
-	if w.kind.fresh {
-		defer os.Remove(file)
-	}
-	p, err := start(ctx, s, img.disk, w.transport, w.kind.format, file)
-	if err != nil {
-		return sample{}, err
-	}
-	defer p.stop()
-	c := w.load
-	c.URI, c.Seed, c.Duration = p.uri, 1, warmUp
-	if !w.kind.fresh {
-		if _, err := load.Run(ctx, c); err != nil {
-			return sample{}, err
-		}
-	}
-	c.Seed, c.Duration = 2, o.duration
-	before := p.cpu()
-	r, err := load.Run(ctx, c)
-	if err != nil {
-		return sample{}, err
-	}
-	return sample{Result: *r, ServerCPU: (p.cpu() - before).Seconds()}, nil
 }

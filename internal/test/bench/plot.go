@@ -12,14 +12,14 @@ import (
 // Of a plot, in pixels.
 const (
 	plotLine  = 18  // height of a workload
-	plotNames = 280 // width of their names
+	plotNames = 300 // width of their names
 	plotUnit  = 70  // width of a factor of two
 	plotLow   = -1  // log2 of the ends of the axis
 	plotHigh  = 5
 )
 
 // plot draws the ratios to the best peers as SVG: a bar from 1 to the median,
-// and a line for the range.
+// a line for the range, and a mark for the least that the median should be.
 func plot(findings []finding) string {
 	x := func(ratio float64) float64 {
 		l := min(max(math.Log2(ratio), plotLow), plotHigh)
@@ -52,6 +52,9 @@ func plot(findings []finding) string {
 		fmt.Fprintf(&b, `<text x="%d" y="%.0f" text-anchor="end">%s</text>`+"\n", plotNames-8, y+4, html.EscapeString(f.Workload))
 		fmt.Fprintf(&b, `<rect x="%.0f" y="%.0f" width="%.0f" height="%d" fill="%s"/>`+"\n", from, y-5, max(to-from, 1), 10, color)
 		fmt.Fprintf(&b, `<line x1="%.0[1]f" x2="%.0[2]f" y1="%.0[3]f" y2="%.0[3]f" stroke="#222"/>`+"\n", x(r.Least), x(r.Most), y)
+		if least := max(f.Goal.Must, f.Goal.Parity); least > 0 {
+			fmt.Fprintf(&b, `<line x1="%.0[1]f" x2="%.0[1]f" y1="%.0[2]f" y2="%.0[3]f" stroke="#d33" stroke-width="2"/>`+"\n", x(least), y-8, y+8)
+		}
 		fmt.Fprintf(&b, `<text x="%.0f" y="%.0f" fill="#444">%.2f</text>`+"\n", x(max(r.Most, 1))+5, y+4, r.Median)
 	}
 	b.WriteString("</svg>\n")

@@ -21,21 +21,20 @@ import (
 
 // A process is a server at work.
 type process struct {
-	uri    string
-	pid    int
-	cmd    *exec.Cmd // nil for a daemon, which is our child all the same
-	output *bytes.Buffer
+	name             string
+	uri              string
+	network, address string
+	pid              int
+	pidFile          string // of a daemon, which is our child all the same
+	cmd              *exec.Cmd
+	output           *bytes.Buffer
 }
 
 // ready bounds a server's start, and its end.
 const ready = 20 * time.Second
 
-// start starts s and returns when it has answered a client.
-func start(ctx context.Context, s server, dir, transport, format, image string) (*process, error) {
-	args := s.unix
-	if transport == tcp {
-		args = s.tcp
-	}
+// launch starts s.
+func launch(s server, dir string, w workload, image string) (*process, error) {
 	port, err := freePort()
 	if err != nil {
 		return nil, err
@@ -46,23 +45,23 @@ func start(ctx context.Context, s server, dir, transport, format, image string) 
 			return nil, err
 		}
 	}
-	fill := strings.NewReplacer("{socket}", socket, "{pid}", pid, "{config}", config, "{port}", port, "{format}", format, "{image}", image)
+	fill := strings.NewReplacer("{socket}", socket, "{pid}", pid, "{config}", config, "{port}", port, "{format}", w.kind.format, "{image}", image)
 	if s.config != nil {
-		if err := os.WriteFile(config, []byte(fill.Replace(s.config(transport))), 0o600); err != nil {
+		if err := os.WriteFile(config, []byte(fill.Replace(s.config(w.transport))), 0o600); err != nil {
 			return nil, err
 		}
 	}
-	var filled []string
-	for _, a := range args {
-		filled = append(filled, fill.Replace(a))
+	var args []string
+	for _, a := range s.command(w) {
+		args = append(args, fill.Replace(a))
 	}
-	p := &process{output: new(bytes.Buffer), uri: "nbd://127.0.0.1:" + port + "/disk"}
-	network, address := "tcp", "127.0.0.1:"+port
-	if transport == unix {
-		network, address = "unix", socket
+	p := &process{name: s.name, output: new(bytes.Buffer)}
+	p.network, p.address, p.uri = "tcp", "127.0.0.1:"+port, "nbd://127.0.0.1:"+port+"/disk"
+	if w.transport == unix {
+		p.network, p.address = "unix", socket
 		p.uri = (&nbd.URI{Network: "unix", Address: socket, Export: "disk"}).String()
 	}
-	cmd := exec.Command(filled[0], filled[1:]...)
+	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Stdout, cmd.Stderr = p.output, p.output
 	cmd.WaitDelay = time.Second
 	if s.daemon {
@@ -71,52 +70,39 @@ func start(ctx context.Context, s server, dir, transport, format, image string) 
 		if err := cmd.Run(); err != nil {
 			return nil, fmt.Errorf("%s: %w", s.name, err)
 		}
-	} else {
-		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-		if err := cmd.Start(); err != nil {
-			return nil, fmt.Errorf("%s: %w", s.name, err)
-		}
-		p.cmd, p.pid = cmd, cmd.Process.Pid
+		p.pidFile = pid
+		return p, nil
 	}
-	if err := p.await(ctx, network, address, pid); err != nil {
-		p.stop()
-		return nil, fmt.Errorf("%s: %w\n%s", s.name, err, p.output)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("%s: %w", s.name, err)
 	}
+	p.cmd, p.pid = cmd, cmd.Process.Pid
 	return p, nil
 }
 
-// await returns when a client has been through a handshake.
-func (p *process) await(ctx context.Context, network, address, pidFile string) error {
+// await returns when a client has been served.
+func (p *process) await(ctx context.Context, client func(ctx context.Context, network, address string) error) error {
 	ctx, cancel := context.WithTimeout(ctx, ready)
 	defer cancel()
 	for {
+		err := client(ctx, p.network, p.address)
 		if p.pid == 0 {
-			text, _ := os.ReadFile(pidFile)
+			text, _ := os.ReadFile(p.pidFile)
 			p.pid, _ = strconv.Atoi(strings.TrimSpace(string(text)))
 		}
-		err := handshake(ctx, network, address)
 		if err == nil && p.pid != 0 {
 			return nil
 		}
 		if p.cmd != nil && exited(p.pid) {
-			return errors.New("ended at once")
+			return fmt.Errorf("%s: ended at once\n%s", p.name, p.output)
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("not ready: %w", errors.Join(context.Cause(ctx), err))
-		case <-time.After(2 * time.Millisecond):
+			return fmt.Errorf("%s: not ready: %w\n%s", p.name, errors.Join(context.Cause(ctx), err), p.output)
+		case <-time.After(200 * time.Microsecond):
 		}
 	}
-}
-
-func handshake(ctx context.Context, network, address string) error {
-	conn, err := new(net.Dialer).DialContext(ctx, network, address)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	_, err = nbd.Handshake(ctx, conn, nbd.Options{Export: "disk", Protocol: nbd.Simple})
-	return err
 }
 
 // exited reports whether a child of ours has ended and was not waited for.
@@ -210,6 +196,20 @@ func (p *process) cpu() time.Duration {
 		}
 	}
 	return time.Duration(ticks) * tick
+}
+
+// memory returns the MiB that the server and its children hold; what they
+// share with others counts in part.
+func (p *process) memory() float64 {
+	var kib int64
+	for _, pid := range descendants(p.pid) {
+		text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+		_, rest, _ := strings.Cut(string(text), "\nPss:")
+		var n int64
+		fmt.Sscan(rest, &n)
+		kib += n
+	}
+	return float64(kib) / k
 }
 
 func freePort() (string, error) {

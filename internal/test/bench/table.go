@@ -2,68 +2,7 @@
 
 package main
 
-import (
-	"slices"
-
-	"github.com/imgnbd/imgnbd/internal/test/load"
-)
-
-// A server is a row of what is compared: how to start it, with {socket} or
-// {port} of 127.0.0.1, {format} and {image} put in. It serves the image
-// writable, to any number of clients, as the export "disk".
-type server struct {
-	name    string
-	unix    []string
-	tcp     []string                      // nil if it cannot
-	formats []string                      // that it serves
-	simple  bool                          // has no structured replies
-	daemon  bool                          // leaves itself behind, with its process id in {pid}
-	config  func(transport string) string // of a file, which is {config}
-	ours    bool                          // not a peer
-}
-
-var both = []string{"raw", "qcow2"}
-
-func imgnbd(name, path string) server {
-	return server{
-		name: name, ours: true, formats: both,
-		unix: []string{path, "-k", "{socket}", "-t", "-e", "0", "-x", "disk", "-f", "{format}", "{image}"},
-		tcp:  []string{path, "-b", "127.0.0.1", "-p", "{port}", "-t", "-e", "0", "-x", "disk", "-f", "{format}", "{image}"},
-	}
-}
-
-func qemuNBD(name, aio string) server {
-	return server{
-		name: name, formats: both,
-		unix: []string{"qemu-nbd", "-k", "{socket}", "-t", "-e", "0", "-x", "disk", "--aio=" + aio, "-f", "{format}", "{image}"},
-		tcp:  []string{"qemu-nbd", "-b", "127.0.0.1", "-p", "{port}", "-t", "-e", "0", "-x", "disk", "--aio=" + aio, "-f", "{format}", "{image}"},
-	}
-}
-
-var peers = []server{
-	qemuNBD("qemu-nbd threads", "threads"),
-	qemuNBD("qemu-nbd io_uring", "io_uring"),
-	{
-		name: "nbdkit", formats: []string{"raw"},
-		unix: []string{"nbdkit", "-f", "-U", "{socket}", "file", "{image}"},
-		tcp:  []string{"nbdkit", "-f", "-i", "127.0.0.1", "-p", "{port}", "file", "{image}"},
-	},
-	{
-		name: "nbd-server", formats: []string{"raw"}, simple: true, daemon: true,
-		unix:   []string{"nbd-server", "-C", "{config}", "-p", "{pid}"},
-		tcp:    []string{"nbd-server", "-C", "{config}", "-p", "{pid}"},
-		config: nbdServer,
-	},
-}
-
-// nbdServer is a configuration. With a Unix socket there is no TCP port.
-func nbdServer(transport string) string {
-	listen := "unixsock = {socket}\n"
-	if transport == tcp {
-		listen = "listenaddr = 127.0.0.1\nport = {port}\n"
-	}
-	return "[generic]\n" + listen + "[disk]\nexportname = {image}\nflush = true\nfua = true\ntrim = true\n"
-}
+import "github.com/imgnbd/imgnbd/internal/test/load"
 
 // A kind is a kind of image.
 type kind struct {
@@ -72,111 +11,170 @@ type kind struct {
 	// fresh images are made anew before each measurement and hold nothing: it
 	// is first writes that are measured.
 	fresh   bool
-	size    int64    // of the disk of a fresh one, if that is not the size of all
+	size    int64    // of the disk, if that is not the size of all
+	times   int64    // or so many times that
 	convert []string // arguments of qemu-img convert that make it from source
-	create  []string // or of qemu-img create, for a fresh one
+	create  []string // or of qemu-img create
 	chain   int      // or how many images hold its clusters between them, at random
+	sparse  bool     // or a raw file with data in one MiB of each 256
 }
 
 var (
-	source  = kind{name: "source", format: "raw"} // which nobody writes to
-	raw     = kind{name: "raw", format: "raw", convert: []string{"-S", "0", "-O", "raw"}}
-	newRaw  = kind{name: "new raw", format: "raw", fresh: true, create: []string{"-f", "raw"}}
-	qcow2   = kind{name: "qcow2", format: "qcow2", convert: []string{"-O", "qcow2"}}
-	qcow2z  = kind{name: "qcow2 zlib", format: "qcow2", convert: []string{"-c", "-O", "qcow2", "-o", "compression_type=zlib"}}
-	qcow2zs = kind{name: "qcow2 zstd", format: "qcow2", convert: []string{"-c", "-O", "qcow2", "-o", "compression_type=zstd"}}
+	source   = kind{name: "source", format: "raw"} // which nobody writes to
+	raw      = kind{name: "raw", format: "raw", convert: []string{"-S", "0", "-O", "raw"}}
+	largeRaw = kind{name: "large raw", format: "raw", times: 4}
+	sparse   = kind{name: "sparse raw", format: "raw", times: 64, sparse: true}
+	newRaw   = kind{name: "new raw", format: "raw", fresh: true, create: []string{"-f", "raw"}}
+	qcow2    = kind{name: "qcow2", format: "qcow2", convert: []string{"-O", "qcow2"}}
+	qcow2z   = kind{name: "qcow2 zlib", format: "qcow2", convert: []string{"-c", "-O", "qcow2", "-o", "compression_type=zlib"}}
+	qcow2zs  = kind{name: "qcow2 zstd", format: "qcow2", convert: []string{"-c", "-O", "qcow2", "-o", "compression_type=zstd"}}
 
 	// So large that the first writes do not run out.
 	newQcow2 = kind{name: "new qcow2", format: "qcow2", fresh: true, size: 64 << 30, create: []string{"-f", "qcow2"}}
 	chain4   = kind{name: "chain of 4", format: "qcow2", chain: 4}
 	chain16  = kind{name: "chain of 16", format: "qcow2", chain: 16}
+
+	// All tables, and holes for data: as much as the cache of tables covers,
+	// and four times as much.
+	tables256G = kind{name: "tables of 256 GiB", format: "qcow2", size: 256 << 30, create: []string{"-f", "qcow2", "-o", "preallocation=metadata"}}
+	tables1T   = kind{name: "tables of 1 TiB", format: "qcow2", size: 1 << 40, create: []string{"-f", "qcow2", "-o", "preallocation=metadata"}}
 )
 
-// Where images lie, and how clients come.
+// A place is where images lie.
+type place int
+
 const (
-	memory, disk = false, true
-	unix, tcp    = "unix", "tcp"
+	memory place = iota // on tmpfs
+	disk                // on a disk, in the page cache
+	cold                // on a disk, not in the page cache when it begins
+	direct              // on a disk, and the page cache is bypassed
 )
+
+// How clients come.
+const (
+	unix = "unix"
+	tcp  = "tcp"
+)
+
+// A work is what is done with a server. Its zero value is load.
+type work struct {
+	load.Config
+	copyTo  string // nbdcopy makes a copy: to null: or into a file
+	opening bool   // it is started, and asked for the first block
+}
+
+// A goal is what a ratio is to be at least; 0 is none. must is what others
+// were beaten by in prototypes, parity that nobody loses, and stretch what
+// would be good to have.
+type goal struct{ Must, Parity, Stretch float64 }
+
+func must(ratio float64) goal          { return goal{Must: ratio} }
+func parity() goal                     { return goal{Parity: 0.95} }
+func (g goal) stretch(to float64) goal { g.Stretch = to; return g }
 
 // A workload is a row of what is measured.
 type workload struct {
 	name      string
 	quick     bool
 	kind      kind
-	onDisk    bool
+	place     place
 	transport string
-	load      load.Config
+	work
+	goal goal
 }
+
+// inBytes reports whether the bytes say more about w than the number of
+// operations.
+func (w *workload) inBytes() bool { return w.Block >= 64*k || w.copyTo != "" }
+
+// crowded reports whether there are so many connections that memory matters.
+func (w *workload) crowded() bool { return w.Conns+w.Idle >= 100 }
 
 const (
 	k = 1 << 10
 	m = 1 << 20
 )
 
-func reads(conns, depth, block int) load.Config {
-	return load.Config{Conns: conns, Depth: depth, Block: block, Reads: 1}
+func reads(conns, depth, block int) work {
+	return work{Config: load.Config{Conns: conns, Depth: depth, Block: block, Reads: 1}}
 }
 
-func writes(conns, depth, block int) load.Config {
-	return load.Config{Conns: conns, Depth: depth, Block: block, Writes: 1}
+func writes(conns, depth, block int) work {
+	return work{Config: load.Config{Conns: conns, Depth: depth, Block: block, Writes: 1}}
 }
 
-func mix(conns, depth, block, reads, writes, flushes int) load.Config {
-	return load.Config{Conns: conns, Depth: depth, Block: block, Reads: reads, Writes: writes, Flushes: flushes}
+func mix(conns, depth, block, reads, writes, flushes int) work {
+	return work{Config: load.Config{Conns: conns, Depth: depth, Block: block, Reads: reads, Writes: writes, Flushes: flushes}}
 }
 
-func random(c load.Config) load.Config     { c.Random = true; return c }
-func structured(c load.Config) load.Config { c.Structured = true; return c }
+func random(w work) work           { w.Random = true; return w }
+func structured(w work) work       { w.Structured = true; return w }
+func beside(idle int, w work) work { w.Idle = idle; return w }
+func copying(to string) work       { return work{copyTo: to} }
+func opening() work                { return work{opening: true} }
 
-// can reports whether s takes part in w.
-func (s server) can(w workload) bool {
-	return slices.Contains(s.formats, w.kind.format) && (w.transport == unix || s.tcp != nil) && (!w.load.Structured || !s.simple)
-}
+const (
+	toNull = "null:"
+	toFile = "file"
+)
 
 var workloads = []workload{
-	{"raw read 1M qd16", true, raw, memory, unix, reads(1, 16, m)},
-	{"raw write 1M qd16", true, raw, memory, unix, writes(1, 16, m)},
-	{"raw rand read 4k qd1", true, raw, memory, unix, random(reads(1, 1, 4*k))},
-	{"raw rand read 4k qd32", true, raw, memory, unix, random(reads(1, 32, 4*k))},
-	{"raw rand write 4k qd32", true, raw, memory, unix, random(writes(1, 32, 4*k))},
-	{"raw rand 70/30 4k qd32", true, raw, memory, unix, random(mix(1, 32, 4*k, 7, 3, 0))},
-	{"raw 8 writes:1 flush 4k qd32, disk", true, raw, disk, unix, random(mix(1, 32, 4*k, 0, 8, 1))},
-	{"raw read 1M qd16, tcp", true, raw, memory, tcp, reads(1, 16, m)},
+	{"raw read 1M qd16", true, raw, memory, unix, reads(1, 16, m), must(1.7).stretch(2.5)},
+	{"raw write 1M qd16", true, raw, memory, unix, writes(1, 16, m), parity().stretch(1.2)},
+	{"raw rand read 4k qd1", true, raw, memory, unix, random(reads(1, 1, 4*k)), must(1.2).stretch(1.6)},
+	{"raw rand read 4k qd32", true, raw, memory, unix, random(reads(1, 32, 4*k)), must(2.5).stretch(3)},
+	{"raw rand write 4k qd32", true, raw, memory, unix, random(writes(1, 32, 4*k)), must(1.2).stretch(2)},
+	{"raw rand 70/30 4k qd32", true, raw, memory, unix, random(mix(1, 32, 4*k, 7, 3, 0)), must(2.5).stretch(3.5)},
+	{"raw 8 writes:1 flush 4k qd32, disk", true, raw, disk, unix, random(mix(1, 32, 4*k, 0, 8, 1)), parity().stretch(1.2)},
+	{"raw read 1M qd16, tcp", true, raw, memory, tcp, reads(1, 16, m), parity().stretch(1.2)},
 
-	{"raw read 64k qd16", false, raw, memory, unix, reads(1, 16, 64*k)},
-	{"raw read 1M qd16, structured", false, raw, memory, unix, structured(reads(1, 16, m))},
-	{"raw rand read 4k qd32 x4", false, raw, memory, unix, random(reads(4, 32, 4*k))},
-	{"raw rand read 4k qd1 x100", false, raw, memory, unix, random(reads(100, 1, 4*k))},
-	{"raw write 1M qd16, disk", false, raw, disk, unix, writes(1, 16, m)},
-	{"raw write, flush 4k qd1, disk", false, raw, disk, unix, random(mix(1, 1, 4*k, 0, 1, 1))},
-	{"raw rand read 4k qd1, tcp", false, raw, memory, tcp, random(reads(1, 1, 4*k))},
-	{"raw rand read 4k qd32, tcp", false, raw, memory, tcp, random(reads(1, 32, 4*k))},
-	{"raw read 64k qd16, tcp", false, raw, memory, tcp, reads(1, 16, 64*k)},
-	{"raw write 1M qd16, tcp", false, raw, memory, tcp, writes(1, 16, m)},
-	{"new raw write 64k qd16", false, newRaw, memory, unix, writes(1, 16, 64*k)},
-	{"new raw read 1M qd16, structured", false, newRaw, memory, unix, structured(reads(1, 16, m))},
+	{"raw read 64k qd16", false, raw, memory, unix, reads(1, 16, 64*k), goal{}},
+	{"raw read 1M qd16, structured", false, raw, memory, unix, structured(reads(1, 16, m)), goal{}},
+	{"raw rand read 4k qd32 x4", false, raw, memory, unix, random(reads(4, 32, 4*k)), must(2.5).stretch(4)},
+	{"raw rand read 4k qd1 x100", false, raw, memory, unix, random(reads(100, 1, 4*k)), must(1.3)},
+	{"raw rand read 4k qd1 x100, 1000 idle", false, raw, memory, unix, beside(1000, random(reads(100, 1, 4*k))), must(1.3)},
+	{"raw write 1M qd16, disk", false, raw, disk, unix, writes(1, 16, m), parity().stretch(1.2)},
+	{"raw write, flush 4k qd1, disk", false, raw, disk, unix, random(mix(1, 1, 4*k, 0, 1, 1)), parity().stretch(1.2)},
+	{"raw rand read 4k qd32, cold", false, largeRaw, cold, unix, random(reads(1, 32, 4*k)), must(1.3).stretch(1.8)},
+	{"raw rand read 4k qd32, O_DIRECT", false, raw, direct, unix, random(reads(1, 32, 4*k)), parity().stretch(1.2)},
+	{"raw read 1M qd16, O_DIRECT", false, raw, direct, unix, reads(1, 16, m), parity().stretch(1.2)},
+	{"raw rand read 4k qd1, tcp", false, raw, memory, tcp, random(reads(1, 1, 4*k)), parity().stretch(1.5)},
+	{"raw rand read 4k qd32, tcp", false, raw, memory, tcp, random(reads(1, 32, 4*k)), must(2.5)},
+	{"raw read 64k qd16, tcp", false, raw, memory, tcp, reads(1, 16, 64*k), goal{}},
+	{"raw write 1M qd16, tcp", false, raw, memory, tcp, writes(1, 16, m), parity().stretch(1.1)},
+	{"new raw write 64k qd16", false, newRaw, memory, unix, writes(1, 16, 64*k), goal{}},
+	{"new raw read 1M qd16, structured", false, newRaw, memory, unix, structured(reads(1, 16, m)), goal{}},
+	{"raw nbdcopy", false, raw, memory, unix, copying(toNull), must(1.2)},
+	{"sparse raw nbdcopy", false, sparse, memory, unix, copying(toFile), parity().stretch(1.2)},
+	{"raw start to first byte", false, raw, memory, unix, opening(), parity()},
 
-	{"qcow2 first rand write 4k qd32", true, newQcow2, memory, unix, random(writes(1, 32, 4*k))},
-	{"qcow2 first write 1M qd16", true, newQcow2, memory, unix, writes(1, 16, m)},
-	{"qcow2 rand write 4k qd32", true, qcow2, memory, unix, random(writes(1, 32, 4*k))},
+	{"qcow2 first rand write 4k qd32", true, newQcow2, memory, unix, random(writes(1, 32, 4*k)), must(4)},
+	{"qcow2 first write 1M qd16", true, newQcow2, memory, unix, writes(1, 16, m), must(1.3)},
+	{"qcow2 rand write 4k qd32", true, qcow2, memory, unix, random(writes(1, 32, 4*k)), must(3)},
 
-	{"qcow2 first write 4k qd32", false, newQcow2, memory, unix, writes(1, 32, 4*k)},
-	{"qcow2 first write 64k qd16", false, newQcow2, memory, unix, writes(1, 16, 64*k)},
-	{"qcow2 first rand write 64k qd16", false, newQcow2, memory, unix, random(writes(1, 16, 64*k))},
-	{"qcow2 8 first writes:1 flush 4k qd32, disk", false, newQcow2, disk, unix, random(mix(1, 32, 4*k, 0, 8, 1))},
-	{"qcow2 write 1M qd16", false, qcow2, memory, unix, writes(1, 16, m)},
-	{"qcow2 read 1M qd16", false, qcow2, memory, unix, reads(1, 16, m)},
-	{"qcow2 rand read 4k qd1", false, qcow2, memory, unix, random(reads(1, 1, 4*k))},
-	{"qcow2 rand read 4k qd32", false, qcow2, memory, unix, random(reads(1, 32, 4*k))},
-	{"qcow2 read 1M qd16, tcp", false, qcow2, memory, tcp, reads(1, 16, m)},
-	{"new qcow2 read 1M qd16", false, newQcow2, memory, unix, reads(1, 16, m)},
-	{"new qcow2 read 1M qd16, structured", false, newQcow2, memory, unix, structured(reads(1, 16, m))},
-	{"qcow2 chain of 4 read 1M qd16", false, chain4, memory, unix, reads(1, 16, m)},
-	{"qcow2 chain of 4 rand read 4k qd32", false, chain4, memory, unix, random(reads(1, 32, 4*k))},
-	{"qcow2 chain of 16 read 1M qd16", false, chain16, memory, unix, reads(1, 16, m)},
-	{"qcow2 chain of 16 rand read 4k qd32", false, chain16, memory, unix, random(reads(1, 32, 4*k))},
-	{"qcow2 zlib read 1M qd16", false, qcow2z, memory, unix, reads(1, 16, m)},
-	{"qcow2 zlib rand read 4k qd32", false, qcow2z, memory, unix, random(reads(1, 32, 4*k))},
-	{"qcow2 zstd read 1M qd16", false, qcow2zs, memory, unix, reads(1, 16, m)},
-	{"qcow2 zstd rand read 4k qd32", false, qcow2zs, memory, unix, random(reads(1, 32, 4*k))},
+	{"qcow2 first write 4k qd32", false, newQcow2, memory, unix, writes(1, 32, 4*k), goal{}},
+	{"qcow2 first write 64k qd16", false, newQcow2, memory, unix, writes(1, 16, 64*k), parity().stretch(1.3)},
+	{"qcow2 first rand write 64k qd16", false, newQcow2, memory, unix, random(writes(1, 16, 64*k)), goal{}},
+	{"qcow2 first write 1M qd16, disk", false, newQcow2, disk, unix, writes(1, 16, m), must(1.3)},
+	{"qcow2 8 first writes:1 flush 4k qd32, disk", false, newQcow2, disk, unix, random(mix(1, 32, 4*k, 0, 8, 1)), goal{}},
+	{"qcow2 write 1M qd16", false, qcow2, memory, unix, writes(1, 16, m), must(1.5)},
+	{"qcow2 read 1M qd16", false, qcow2, memory, unix, reads(1, 16, m), must(2)},
+	{"qcow2 rand read 4k qd1", false, qcow2, memory, unix, random(reads(1, 1, 4*k)), must(1.3)},
+	{"qcow2 rand read 4k qd32", false, qcow2, memory, unix, random(reads(1, 32, 4*k)), must(3)},
+	{"qcow2 read 1M qd16, tcp", false, qcow2, memory, tcp, reads(1, 16, m), goal{}},
+	{"qcow2 of 256 GiB rand read 4k qd32", false, tables256G, memory, unix, random(reads(1, 32, 4*k)), goal{}},
+	{"qcow2 of 1 TiB rand read 4k qd32", false, tables1T, memory, unix, random(reads(1, 32, 4*k)), goal{}},
+	{"new qcow2 read 1M qd16", false, newQcow2, memory, unix, reads(1, 16, m), must(4)},
+	{"new qcow2 read 1M qd16, structured", false, newQcow2, memory, unix, structured(reads(1, 16, m)), must(4)},
+	{"qcow2 chain of 4 read 1M qd16", false, chain4, memory, unix, reads(1, 16, m), must(1.5)},
+	{"qcow2 chain of 4 rand read 4k qd32", false, chain4, memory, unix, random(reads(1, 32, 4*k)), must(1.5)},
+	{"qcow2 chain of 16 read 1M qd16", false, chain16, memory, unix, reads(1, 16, m), must(1.5)},
+	{"qcow2 chain of 16 rand read 4k qd32", false, chain16, memory, unix, random(reads(1, 32, 4*k)), must(1.5)},
+	{"qcow2 zlib read 1M qd16", false, qcow2z, memory, unix, reads(1, 16, m), must(1.1)},
+	{"qcow2 zlib rand read 4k qd32", false, qcow2z, memory, unix, random(reads(1, 32, 4*k)), must(1.3)},
+	{"qcow2 zstd read 1M qd16", false, qcow2zs, memory, unix, reads(1, 16, m), parity().stretch(1.5)},
+	{"qcow2 zstd rand read 4k qd32", false, qcow2zs, memory, unix, random(reads(1, 32, 4*k)), parity().stretch(1.5)},
+	{"qcow2 nbdcopy", false, qcow2, memory, unix, copying(toNull), must(1.2)},
+	{"qcow2 start to first byte", false, qcow2, memory, unix, opening(), parity()},
+	{"qcow2 of 1 TiB start to first byte", false, tables1T, memory, unix, opening(), parity()},
 }

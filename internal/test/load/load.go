@@ -28,6 +28,7 @@ import (
 type Config struct {
 	URI      string        // nbd:// or nbd+unix://
 	Conns    int           // connections, at least 1
+	Idle     int           // connections besides, which ask for nothing
 	Depth    int           // requests in flight on each, 1 to 1024
 	Block    int           // bytes of a request, at most 32 MiB
 	Duration time.Duration // no request begins after it
@@ -59,8 +60,8 @@ type Result struct {
 
 func (c *Config) check() error {
 	switch {
-	case c.Conns < 1 || c.Conns > 10000:
-		return fmt.Errorf("%d connections", c.Conns)
+	case c.Conns < 1 || c.Idle < 0 || c.Conns+c.Idle > 10000:
+		return fmt.Errorf("%d connections and %d idle ones", c.Conns, c.Idle)
 	case c.Depth < 1 || c.Depth > maxDepth:
 		return fmt.Errorf("depth %d: not 1 to %d", c.Depth, maxDepth)
 	case c.Block < 1 || c.Block > nbd.MaxPayload:
@@ -93,6 +94,13 @@ func Run(ctx context.Context, c Config) (*Result, error) {
 			syscall.Close(w.fd)
 		}
 	}()
+	for i := range c.Idle {
+		conn, _, err := open(ctx, uri, c)
+		if err != nil {
+			return nil, fmt.Errorf("idle connection %d: %w", i, err)
+		}
+		defer conn.Close()
+	}
 	for i := range c.Conns {
 		w, err := connect(ctx, uri, c, i)
 		if err != nil {
@@ -152,25 +160,35 @@ func sum(workers []*worker, elapsed time.Duration) (*Result, error) {
 	return &r, nil
 }
 
-// connect makes a connection whose requests can be sent, in blocking mode.
-func connect(ctx context.Context, uri *nbd.URI, c Config, i int) (*worker, error) {
+// open makes a connection on which requests can be sent.
+func open(ctx context.Context, uri *nbd.URI, c Config) (net.Conn, *nbd.Session, error) {
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, uri.Network, uri.Address)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	defer conn.Close()
 	opt := nbd.Options{Export: uri.Export, Protocol: nbd.Simple}
 	if c.Structured {
 		opt.Protocol = nbd.Structured
 	}
 	session, err := nbd.Handshake(ctx, conn, opt)
+	if err == nil && c.Structured && session.Protocol != nbd.Structured {
+		err = errors.New("no structured replies")
+	}
+	if err != nil {
+		conn.Close()
+		return nil, nil, err
+	}
+	return conn, session, nil
+}
+
+// connect makes a connection for a worker, in blocking mode.
+func connect(ctx context.Context, uri *nbd.URI, c Config, i int) (*worker, error) {
+	conn, session, err := open(ctx, uri, c)
 	if err != nil {
 		return nil, err
 	}
-	if c.Structured && session.Protocol != nbd.Structured {
-		return nil, errors.New("no structured replies")
-	}
+	defer conn.Close()
 	file, ok := conn.(interface{ File() (*os.File, error) })
 	if !ok {
 		return nil, fmt.Errorf("connection of type %T", conn)

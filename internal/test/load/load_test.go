@@ -48,6 +48,7 @@ func TestRun(t *testing.T) {
 		"odd blocks":         {Conns: 3, Depth: 7, Block: 12345, Reads: 7, Writes: 3, Random: true},
 		"holes":              {Conns: 1, Depth: 4, Block: 65536, Reads: 1, Structured: true},
 		"structured":         {Conns: 1, Depth: 4, Block: 65536, Reads: 1, Writes: 1, Structured: true},
+		"idle ones":          {Conns: 2, Idle: 50, Depth: 1, Block: 4096, Reads: 1, Random: true},
 		"100 connections":    {Conns: 100, Depth: 1, Block: 4096, Reads: 1, Random: true},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -122,6 +123,7 @@ func TestRefused(t *testing.T) {
 	good := Config{URI: nbdkit(t, "-r"), Conns: 1, Depth: 1, Block: 512, Reads: 1, Duration: time.Millisecond}
 	for why, change := range map[string]func(*Config){
 		"0 connections":   func(c *Config) { c.Conns = 0 },
+		"-1 idle":         func(c *Config) { c.Idle = -1 },
 		"depth 1025":      func(c *Config) { c.Depth = 1025 },
 		"block of 0":      func(c *Config) { c.Block = 0 },
 		"no shares":       func(c *Config) { c.Reads = 0 },
