@@ -33,6 +33,8 @@ type fakeKernel struct {
 	readErrs   []error
 	detached   bool // reconfigurations are refused: it stays only because it is open
 
+	unmounted, released func() // what follows that, unless nil
+
 	mu     sync.Mutex
 	config *config          // of the last connect
 	reconf *reconfiguration // the last with connections that was accepted
@@ -172,16 +174,31 @@ func (l fakeLines) wait(ctx context.Context) ([]int, error) {
 func (l fakeLines) set(int, net.Conn) error { return nil }
 func (l fakeLines) close()                  {}
 
+func (k *fakeKernel) detachOnClose(index int, backend string) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if !k.host.connected(index) || k.host.backend(index) != backend {
+		return syscall.EINVAL
+	}
+	k.note("detach on close %d", index)
+	return nil
+}
+
 func (k *fakeKernel) disconnect(index int) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.note("disconnect %d", index)
 	k.table = nil
 	k.lines <- 0
+	k.free(index)
+	return nil
+}
+
+// free makes a device one that nothing is attached to.
+func (k *fakeKernel) free(index int) {
 	os.Remove(filepath.Join(k.host.sys, name(index), "pid"))
 	os.Remove(filepath.Join(k.host.sys, name(index), "backend"))
 	k.write(name(index), "size", "0")
-	return nil
 }
 
 func (k *fakeKernel) number(path string) (string, error) {
@@ -224,6 +241,9 @@ func (b *fakeBlock) sync() error {
 func (b *fakeBlock) Close() error {
 	if b.exclusive {
 		b.k.note("release %s", b.path)
+		if b.k.released != nil {
+			b.k.released()
+		}
 	}
 	return nil
 }

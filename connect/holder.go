@@ -101,7 +101,11 @@ func (h *host) blockName(dev string) string {
 	return filepath.Join(h.dev, dev)
 }
 
-type mount struct{ number, source, point string }
+// A mount is a line of mountinfo.
+type mount struct {
+	number, source, point string
+	writable              bool // the file system, however it is seen here
+}
 
 // mounts returns the mounts of all mount namespaces, those of this process
 // first. Where a mount point is known by the same name in several, it is there
@@ -138,7 +142,8 @@ func parseMount(line string) (mount, bool) {
 		return mount{}, false
 	}
 	unescape := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
-	return mount{f[2], unescape.Replace(g[1]), unescape.Replace(f[4])}, true
+	writable := len(g) > 2 && strings.HasPrefix(g[2], "rw")
+	return mount{f[2], unescape.Replace(g[1]), unescape.Replace(f[4]), writable}, true
 }
 
 func (h *host) processes() []string {

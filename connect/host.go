@@ -39,6 +39,9 @@ type kernel interface {
 	reconfigure(r *reconfiguration) error
 	// watch looks after connections that a device has been given.
 	watch(conns []net.Conn) (lines, error)
+	// detachOnClose has the device disconnected when nobody has it open any
+	// more; backend is of its attachment, or it is refused with EINVAL.
+	detachOnClose(index int, backend string) error
 	// disconnect ends the connections of a device, whoever uses it.
 	disconnect(index int) error
 	// open opens a block device for reading. An exclusive open fails with

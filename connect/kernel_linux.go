@@ -42,6 +42,8 @@ const (
 
 	attrSocket   = 1 // in attrSockets
 	attrSocketFD = 1 // in attrSocket
+
+	flagDisconnectOnClose = 2 // of attrClientFlags; it ends with the connection
 )
 
 // dial finds the family. A socket is used for one command: an answer that was
@@ -154,6 +156,14 @@ func (linux) reconfigure(r *reconfiguration) error {
 		return err
 	}
 	defer release()
+	return command(cmdReconfigure, e)
+}
+
+func (linux) detachOnClose(index int, backend string) error {
+	e := netlink.NewAttributeEncoder()
+	e.Uint32(attrIndex, uint32(index))
+	e.Uint64(attrClientFlags, flagDisconnectOnClose)
+	e.String(attrBackend, backend)
 	return command(cmdReconfigure, e)
 }
 

@@ -28,7 +28,9 @@ type Record struct {
 }
 
 // newBackend returns what tells one attachment from all others.
-func newBackend() string { return "imgnbd:" + rand.Text() }
+func newBackend() string { return backendPrefix + rand.Text() }
+
+const backendPrefix = "imgnbd:"
 
 // A record is the locked file.
 type record struct {

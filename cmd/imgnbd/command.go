@@ -21,7 +21,7 @@ type command struct {
 
 // commands returns the table of sub-commands, in the order that help lists.
 func commands() []*command {
-	return []*command{infoCommand(), checkCommand(), createCommand(), partitionsCommand(), devicesCommand(), completionCommand(), helpCommand(), versionCommand()}
+	return []*command{infoCommand(), checkCommand(), createCommand(), partitionsCommand(), mountCommand(), umountCommand(), devicesCommand(), completionCommand(), helpCommand(), versionCommand()}
 }
 
 func newCommand(name string) *command {

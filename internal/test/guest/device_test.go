@@ -416,16 +416,25 @@ func TestReadme(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, after, _ := strings.Cut(string(readme), "An image as a block device")
-	_, after, _ = strings.Cut(after, "```sh\n")
-	commands, _, ok := strings.Cut(after, "```")
-	if !ok {
-		t.Fatal("README.md shows no commands")
+	var commands string
+	for range 2 {
+		var block string
+		var ok bool
+		_, after, _ = strings.Cut(after, "```sh\n")
+		if block, after, ok = strings.Cut(after, "```"); !ok {
+			t.Fatal("README.md shows no commands")
+		}
+		commands += block
 	}
 	out := run(t, vm.Options{Kernel: "6.12", Script: "sudo() { \"$@\"; }\n" + commands + "free /dev/nbd0\n"}, "sfdisk", "mkfs.ext4")
-	for _, want := range []string{"hello\n", "  /scratch/disk.qcow2\n", "  mounted on /mnt\n", "/dev/nbd0 disconnected\n"} {
+	for _, want := range []string{"hello\n", "  /scratch/disk.qcow2\n", "  mounted on /mnt\n", "/dev/nbd0 disconnected\n",
+		"disk.qcow2: 1 GiB, dos table", " ext4 "} {
 		if !strings.Contains(out, want) {
 			t.Errorf("no %q in\n%s", want, out)
 		}
+	}
+	if strings.Count(out, "hello\n") != 2 {
+		t.Errorf("the file was not read back:\n%s", out)
 	}
 }
 

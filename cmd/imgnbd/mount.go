@@ -1,0 +1,243 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"github.com/imgnbd/imgnbd/connect"
+)
+
+// mountOptions are what the command mount was asked for.
+type mountOptions struct {
+	images    imageOptions
+	format    bool // is given
+	partition int
+	chosen    bool // the partition, 0 included
+	writable  bool
+	fsType    string
+	options   string
+}
+
+// mountCommand attaches an image, or a partition of it, and mounts it.
+func mountCommand() *command {
+	c := newCommand("mount")
+	var o mountOptions
+	addPartition(c.flags, &o.partition)
+	c.flags.BoolVar(&o.writable, "rw", false, "")
+	c.flags.StringVarP(&o.fsType, "types", "t", "", "")
+	value(c.flags, "options", "o", func(s string) error {
+		o.options = strings.Trim(o.options+","+s, ",")
+		return nil
+	})
+	o.images.addFormat(c.flags)
+	o.images.addImageOpts(c.flags)
+	o.images.addBacking(c.flags)
+	c.run = func(u *ui, operands []string) error {
+		if len(operands) != 2 {
+			return usageError("an image and a directory are expected")
+		}
+		o.format, o.chosen = c.flags.Changed("format"), c.flags.Changed("partition")
+		return o.run(u, operands[0], operands[1])
+	}
+	return c
+}
+
+func (o *mountOptions) run(u *ui, file, dir string) error {
+	if !o.writable && slices.Contains(strings.Split(o.options, ","), "rw") {
+		return hinted(errors.New("-o rw would write to nothing that stays"), "use --rw")
+	}
+	if info, err := os.Stat(dir); err != nil {
+		return err
+	} else if !info.IsDir() {
+		return fmt.Errorf("%s: %w", dir, syscall.ENOTDIR)
+	}
+	l, err := o.images.layout(u, file, o.format)
+	if err != nil {
+		return err
+	}
+	number, err := o.choose(file, l)
+	if err != nil {
+		return err
+	}
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	defer signal.Stop(signals)
+
+	device, err := o.attach(u, file, number)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), detachTime)
+	defer cancel()
+	// From here on the device goes when this process does, unless it is mounted.
+	hold, err := connect.DetachWhenClosed(device)
+	if err != nil {
+		return errors.Join(err, connect.Detach(ctx, device, false))
+	}
+	select {
+	case <-signals:
+		err = &exit{code: 1}
+	default:
+		err = runTool("mount", o.arguments(device, dir)...)
+	}
+	if err != nil {
+		return errors.Join(err, hold.Wait(ctx))
+	}
+	return hold.Close()
+}
+
+// choose returns the number of the partition that is to be mounted, 0 for the
+// whole image.
+func (o *mountOptions) choose(file string, l *layout) (int, error) {
+	if o.chosen {
+		return o.partition, nil // the server says if there is none
+	}
+	if l.table == nil {
+		if l.whole.FileSystem || o.fsType != "" {
+			return 0, nil
+		}
+		if l.whole.Name != "" {
+			return 0, hinted(fmt.Errorf("%s is %s, not a file system", file, l.whole.Name), "attach it with -c, and then as without imgnbd")
+		}
+		return 0, hinted(fmt.Errorf("%s has no partition table and no file system that is known here", file), "-t tells which it is")
+	}
+	var usable, mountable []int
+	for i, p := range l.table.Partitions {
+		if p.Problem != nil || p.Extended {
+			continue
+		}
+		usable = append(usable, p.Number)
+		if l.contents[i].FileSystem {
+			mountable = append(mountable, p.Number)
+		}
+	}
+	switch {
+	case len(mountable) == 1:
+		return mountable[0], nil
+	case len(mountable) == 0 && len(usable) == 1 && o.fsType != "":
+		return usable[0], nil
+	}
+	which := "several partitions with a file system"
+	if len(mountable) == 0 {
+		which = "no partition with a file system that is known here"
+	}
+	return 0, hinted(fmt.Errorf("%s has %s: %s", file, which, l.usable()), "choose with --partition=NUM")
+}
+
+// usable lists the partitions that can be used, for who has to choose one.
+func (l *layout) usable() string {
+	var list []string
+	for i, p := range l.table.Partitions {
+		if p.Problem != nil || p.Extended {
+			continue
+		}
+		text := fmt.Sprintf("%d (%s", p.Number, sectorsText(p.Sectors, l.table.SectorSize))
+		if c := l.contents[i].Name; c != "" {
+			text += ", " + c
+		}
+		list = append(list, text+")")
+	}
+	const most = 16
+	switch {
+	case len(list) == 0:
+		return "none can be used"
+	case len(list) > most:
+		list = append(list[:most], "...")
+	}
+	return strings.Join(list, ", ")
+}
+
+// attach starts a server, by the command line that a person would use, and
+// returns its device.
+func (o *mountOptions) attach(u *ui, file string, number int) (string, error) {
+	args := []string{"--connect=auto", "--partition=" + strconv.Itoa(number)}
+	if o.writable {
+		args = append(args, "--discard=unmap") // to trim is the file system's choice
+	} else {
+		// A file system that was not unmounted has to be brought in order
+		// before it can be read, which is written to an overlay. What is there
+		// is lost with the server, so nobody is waited for.
+		args = append(args, "--snapshot", "--dead-timeout=0")
+	}
+	if o.format {
+		args = append(args, "--format="+o.images.format)
+	}
+	if o.images.imageOpts {
+		args = append(args, "--image-opts")
+	}
+	if o.images.backing != "" {
+		args = append(args, "--backing="+o.images.backing)
+	}
+	if o.images.backingDir != "" {
+		args = append(args, "--backing-dir="+o.images.backingDir)
+	}
+	var device strings.Builder
+	sub := *u
+	sub.stdout = &device
+	if err := startDaemon(&sub, append(args, "--", file), nil, false); err != nil && err != errTalkative {
+		return "", err
+	}
+	return strings.TrimSpace(device.String()), nil
+}
+
+// arguments are those of mount(8). What an image holds is not trusted further
+// than -o says.
+func (o *mountOptions) arguments(device, dir string) []string {
+	options := "ro,nosuid,nodev"
+	if o.writable {
+		options = "rw,nosuid,nodev"
+	}
+	if o.options != "" {
+		options += "," + o.options
+	}
+	args := []string{"-o", options}
+	if o.fsType != "" {
+		args = append(args, "-t", o.fsType)
+	}
+	return append(args, "--", device, dir)
+}
+
+// runTool runs a program of the system; its error is what that said.
+func runTool(name string, args ...string) error {
+	cmd := exec.Command(name, args...)
+	out, err := cmd.CombinedOutput()
+	if text := strings.TrimSpace(string(out)); err != nil && text != "" {
+		return errors.New(strings.ReplaceAll(text, "\n", "; "))
+	}
+	return err
+}
+
+// umountCommand undoes what mount did.
+func umountCommand() *command {
+	c := newCommand("umount")
+	var force bool
+	c.flags.BoolVar(&force, "force", false, "")
+	c.run = func(_ *ui, operands []string) error {
+		dir, err := one(operands, "directory")
+		if err != nil {
+			return err
+		}
+		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+		defer stop()
+		ctx, cancel := context.WithTimeout(ctx, detachTime)
+		defer cancel()
+		err = connect.Unmount(ctx, dir, force, func(dir string) error { return runTool("umount", "--", dir) })
+		switch {
+		case errors.Is(err, connect.ErrAbandoned):
+			err = hinted(err, "start another one with imgnbd -c, or give that up with --force")
+		case isBusy(err):
+			err = hinted(fmt.Errorf("%s is unmounted, but %w", filepath.Clean(dir), err), "the device is detached when that has ended")
+		}
+		return err
+	}
+	return c
+}

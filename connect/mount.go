@@ -1,0 +1,150 @@
+package connect
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// ErrAbandoned is the error of unmounting a file system that can be written
+// to, whose server has ended: what was not flushed would be lost.
+var ErrAbandoned = errors.New("its server has ended, and what was not flushed would be lost")
+
+// A Hold has a device open that goes when nobody has it open any more.
+type Hold struct {
+	device block
+	server server
+}
+
+// Close leaves the device to whoever else has it open.
+func (x *Hold) Close() error {
+	x.server.close()
+	return x.device.Close()
+}
+
+// Wait closes the device too, which nobody else has open, and returns when its
+// server has closed the image.
+func (x *Hold) Wait(ctx context.Context) error {
+	return errors.Join(x.device.Close(), x.server.wait(ctx))
+}
+
+// DetachWhenClosed has the kernel detach a device, one of this module's, when
+// nobody has it open any more: when its file system is unmounted, by whoever,
+// or if the Hold ends, with its process at the latest, and it was not mounted.
+// If there is an error, the device stays attached.
+func DetachWhenClosed(path string) (*Hold, error) {
+	h, err := newHost()
+	if err != nil {
+		return nil, err
+	}
+	return h.detachWhenClosed(path)
+}
+
+func (h *host) detachWhenClosed(path string) (*Hold, error) {
+	index, err := h.index(path)
+	if err != nil {
+		return nil, err
+	}
+	held, err := h.open(h.path(index), false)
+	if err != nil {
+		return nil, err
+	}
+	if err := h.detachOnClose(index, h.backend(index)); err != nil {
+		held.Close()
+		return nil, fmt.Errorf("%s: %w", h.path(index), err)
+	}
+	return &Hold{held, h.server(index)}, nil
+}
+
+// backend returns what tells the attachment of a device from others.
+func (h *host) backend(index int) string { return h.read(index, name(index), "backend") }
+
+// Unmount has umount unmount the file system at dir, which has to be that of a
+// device of this module's, and detaches the device. It returns when the device
+// is free and its server has closed the image. If the device is in use
+// otherwise, it is unmounted all the same, and the error is a *BusyError.
+//
+// If the server has ended, a file system that can be written to is left alone,
+// unless it is to be by force.
+func Unmount(ctx context.Context, dir string, force bool, umount func(dir string) error) error {
+	h, err := newHost()
+	if err != nil {
+		return err
+	}
+	return h.unmount(ctx, dir, force, umount)
+}
+
+func (h *host) unmount(ctx context.Context, dir string, force bool, umount func(dir string) error) error {
+	m, index, err := h.mountAt(dir)
+	if err != nil {
+		return err
+	}
+	backend, s := h.backend(index), h.server(index)
+	// A server that has finished with its image may have left the device to
+	// its users: then there is no record.
+	ended := s.dead() || !s.known()
+	if ended && m.writable && !force {
+		s.close()
+		return fmt.Errorf("%s on %s: %w", h.path(index), m.point, ErrAbandoned)
+	}
+	if ended {
+		// Its requests fail at once then.
+		err = h.disconnect(index)
+	}
+	if err == nil {
+		err = umount(m.point)
+	}
+	if err == nil && h.backend(index) == backend && h.connected(index) {
+		err = h.detach(ctx, index, false)
+	}
+	if err != nil {
+		s.close()
+		return err
+	}
+	return s.wait(ctx)
+}
+
+// mountAt returns the mount that is seen at dir, and whose device it is.
+func (h *host) mountAt(dir string) (m mount, index int, err error) {
+	dir, err = filepath.Abs(dir)
+	if err != nil {
+		return m, 0, err
+	}
+	m, ok := h.topMount(dir)
+	if !ok {
+		// Not before: it may take a dead device to follow a link.
+		if real, err := filepath.EvalSymlinks(dir); err == nil {
+			m, ok = h.topMount(real)
+		}
+	}
+	if !ok {
+		return m, 0, fmt.Errorf("%s: nothing is mounted there", dir)
+	}
+	for _, d := range h.devices() {
+		index, err := h.index(d.Path)
+		if err != nil || !strings.HasPrefix(h.backend(index), backendPrefix) {
+			continue
+		}
+		for _, n := range h.names(index) {
+			if m.number == h.read(index, n, "dev") || m.source == filepath.Join(h.dev, n) {
+				return m, index, nil
+			}
+		}
+	}
+	return m, 0, fmt.Errorf("%s is %s, which is no device of imgnbd's: use umount", m.point, m.source)
+}
+
+// topMount returns the last mount at a place in this mount namespace, which
+// covers others.
+func (h *host) topMount(point string) (top mount, ok bool) {
+	text, _ := os.ReadFile(filepath.Join(h.proc, "self/mountinfo"))
+	for line := range strings.Lines(string(text)) {
+		if m, isMount := parseMount(line); isMount && m.point == point {
+			top, ok = m, true
+		}
+	}
+	return top, ok
+}
