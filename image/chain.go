@@ -142,7 +142,7 @@ func (c *Chain) format(name string) (*Format, error) {
 		known = append(known, f.Name)
 	}
 	return nil, &Hint{
-		Err:    fmt.Errorf("unknown format %q", name),
+		Err:    fmt.Errorf("Unknown driver '%s'", name), // QEMU's words
 		Advice: "formats: " + strings.Join(known, ", "),
 	}
 }
@@ -171,7 +171,7 @@ func (c *Chain) recognise(s storage.Store) (f *Format, guessed bool, err error) 
 func (c *Chain) openStore(ctx context.Context, src source, opt storage.Options) (storage.Store, error) {
 	i := slices.IndexFunc(c.Protocols, func(p storage.Protocol) bool { return p.Name == src.url.Scheme })
 	if i < 0 {
-		return nil, fmt.Errorf("unknown protocol %q", src.url.Scheme)
+		return nil, fmt.Errorf("Unknown protocol '%s'", src.url.Scheme) // QEMU's words
 	}
 	if src.noLock {
 		opt.Share = storage.ShareNoLock

@@ -29,7 +29,7 @@ type source struct {
 // the colon comes before the first slash; json:{...}.
 func parseName(name string) (source, error) {
 	if name == "" {
-		return source{}, errors.New("the name is empty")
+		return source{}, errNoFileName
 	}
 	if strings.IndexByte(name, 0) >= 0 {
 		return source{}, fmt.Errorf("name %q holds a zero byte", name)
@@ -61,6 +61,9 @@ func parseName(name string) (source, error) {
 	return source{name: name, url: u}, nil
 }
 
+// errNoFileName is in QEMU's words, as are others below: scripts know them.
+var errNoFileName = errors.New("The 'file' block driver requires a file name")
+
 // cutProtocol splits "nbd://host" and "a:b", but not "./a:b".
 func cutProtocol(name string) (proto, rest string, ok bool) {
 	i := strings.IndexAny(name, ":/")
@@ -73,7 +76,7 @@ func cutProtocol(name string) (proto, rest string, ok bool) {
 // fileURL keeps the path as it is: cleaning "link/../x" would change its meaning.
 func fileURL(path string) (*url.URL, error) {
 	if path == "" {
-		return nil, errors.New("the name is empty")
+		return nil, errNoFileName
 	}
 	if path[0] != '/' {
 		wd, err := os.Getwd()
@@ -122,13 +125,9 @@ func resolve(from storage.Store, base, ref string) (source, error) {
 func parseJSON(text string) (source, error) {
 	opts, err := flatten(text)
 	if err != nil {
-		return source{}, fmt.Errorf("json: %w", err)
+		return source{}, err
 	}
-	src, err := opts.source()
-	if err != nil {
-		return source{}, fmt.Errorf("json: %w", err)
-	}
-	return src, nil
+	return opts.source()
 }
 
 // nodeOptions are the options of a node, with dotted keys.
@@ -142,10 +141,13 @@ func flatten(text string) (nodeOptions, error) {
 		if errors.Is(err, io.EOF) {
 			err = io.ErrUnexpectedEOF
 		}
+		if _, bad := errors.AsType[*json.SyntaxError](err); bad || err == io.ErrUnexpectedEOF {
+			err = fmt.Errorf("Could not parse the JSON options: %w", err)
+		}
 		return nil, err
 	}
 	if _, err := dec.Token(); err != io.EOF {
-		return nil, errors.New("something follows the object")
+		return nil, errors.New("Could not parse the JSON options: something follows the object")
 	}
 	return opts, nil
 }
@@ -156,7 +158,7 @@ func (o nodeOptions) object(dec *json.Decoder, prefix string) error {
 	if tok, err := dec.Token(); err != nil {
 		return err
 	} else if tok != json.Delim('{') {
-		return errors.New("not an object")
+		return errors.New("Invalid JSON object given")
 	}
 	return o.members(dec, prefix)
 }
@@ -212,22 +214,32 @@ func (o nodeOptions) take(key string) string {
 
 // on removes a boolean option.
 func (o nodeOptions) on(key string) (bool, error) {
-	switch v := o.take(key); v {
-	case "", "off", "false", "no":
+	if _, given := o[key]; !given {
 		return false, nil
-	case "on", "true", "yes":
-		return true, nil
-	default:
-		return false, fmt.Errorf("option %q: %q is neither on nor off", key, v)
 	}
+	return Param{key, o.take(key)}.Bool()
 }
 
 func (o nodeOptions) source() (src source, err error) {
+	if named, ok := o["file"]; ok {
+		return src, &Hint{
+			Err:    fmt.Errorf("Cannot find device='%s' nor node-name='%s'", named, named),
+			Advice: "nodes have no names here; describe the file: file.filename=" + named,
+		}
+	}
+	described := false
+	for k := range o {
+		described = described || strings.HasPrefix(k, "file.")
+	}
 	src.format = o.take("driver")
 	file := "file."
 	if isStoreDriver(src.format) && o["file.filename"] == "" {
 		// The store itself, without a format over it: its bytes.
 		o["driver"], src.format, file = src.format, "raw", ""
+	} else if !described && src.format == "" {
+		return src, errors.New("Must specify either driver or file")
+	} else if !described {
+		return src, errors.New(`A block device must be specified for "file"`)
 	}
 	if err := o.store(&src, file); err != nil {
 		return src, err
@@ -248,9 +260,7 @@ func (o nodeOptions) source() (src source, err error) {
 	for k, v := range o {
 		switch {
 		case strings.HasPrefix(k, "file."):
-			return src, fmt.Errorf("option %q is not known", k)
-		case k == "file":
-			return src, errors.New(`option "file": nodes cannot be named; describe the file`)
+			return src, fmt.Errorf("Block protocol 'file' doesn't support the option '%s'", strings.TrimPrefix(k, "file."))
 		case k == "backing" || strings.HasPrefix(k, "backing."):
 			return src, errors.New(`option "backing" is not known: the backing image is what the image says`)
 		}
@@ -275,9 +285,6 @@ func (o nodeOptions) store(src *source, p string) (err error) {
 	filename := o.take(p + "filename")
 	switch driver {
 	case "", "file", "host_device":
-		if filename == "" {
-			return fmt.Errorf("option %q is missing", p+"filename")
-		}
 		// A path and nothing else: no protocol is looked for in it.
 		src.name = filename
 		if src.url, err = fileURL(filename); err != nil {
@@ -294,7 +301,7 @@ func (o nodeOptions) store(src *source, p string) (err error) {
 			return fmt.Errorf("option %q: not a URL of %s", p+"url", driver)
 		}
 	default:
-		return fmt.Errorf("option %q: %q over a format or a store that json: names do not reach", p+"driver", driver)
+		return fmt.Errorf("option %q: %q is not one of file, host_device, http, https: an image is one format over one file", p+"driver", driver)
 	}
 	if p == "" {
 		return nil
@@ -304,7 +311,7 @@ func (o nodeOptions) store(src *source, p string) (err error) {
 	case "off":
 		src.noLock = true
 	default:
-		return fmt.Errorf("option %q: %q is none of on, off, auto", p+"locking", v)
+		return fmt.Errorf("invalid parameter value: %s", v)
 	}
 	if src.direct, err = o.on(p + "cache.direct"); err != nil {
 		return err

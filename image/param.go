@@ -2,6 +2,7 @@ package image
 
 import (
 	"errors"
+	"fmt"
 	"math"
 	"strconv"
 	"strings"
@@ -27,6 +28,36 @@ const (
 	NumberParam
 	SizeParam // bytes
 )
+
+// Size returns the value of a parameter that is a number of bytes. Errors are in
+// QEMU's words.
+func (p Param) Size() (uint64, error) {
+	n, err := ParseSize(p.Value)
+	switch {
+	case errors.Is(err, syscall.ERANGE):
+		return 0, fmt.Errorf("Value '%s' is out of range for parameter '%s'", p.Value, p.Key)
+	case err != nil:
+		return 0, fmt.Errorf("Parameter '%s' expects a non-negative number below 2^64\n"+
+			"Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively.", p.Key)
+	}
+	return n, nil
+}
+
+// Bool returns the value of a parameter that is a switch. Errors are in QEMU's
+// words.
+func (p Param) Bool() (bool, error) {
+	v, err := ParseBool(p.Value)
+	if err != nil {
+		return false, fmt.Errorf("Parameter '%s' expects 'on' or 'off'", p.Key)
+	}
+	return v, nil
+}
+
+// Unknown is the error of a format that does not have the parameter, in QEMU's
+// words.
+func (p Param) Unknown(format string) error {
+	return fmt.Errorf("Block format '%s' does not support the option '%s'", format, p.Key)
+}
 
 // errSyntax is the error of a value that is not of its kind.
 var errSyntax = errors.New("invalid syntax")

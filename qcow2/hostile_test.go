@@ -237,9 +237,9 @@ func TestOptions(t *testing.T) {
 		{[]image.Param{{Key: "cache-size", Value: "65536"}}, 65536, ""},
 		{[]image.Param{{Key: "cache-size", Value: "2M"}, {Key: "l2-cache-size", Value: "64k"}}, 65536, ""},
 		{[]image.Param{{Key: "cache-size", Value: "1M"}, {Key: "l2-cache-size", Value: "2M"}}, 0, "l2-cache-size may not exceed cache-size"},
-		{[]image.Param{{Key: "l2-cache-size", Value: "-1"}}, 0, "not a number of bytes"},
-		{[]image.Param{{Key: "l2-cache-size", Value: "9999999P"}}, 0, "not a number of bytes"},
-		{[]image.Param{{Key: "no-such-thing", Value: "1"}}, 0, "unknown option no-such-thing"},
+		{[]image.Param{{Key: "l2-cache-size", Value: "-1"}}, 0, "expects a non-negative number"},
+		{[]image.Param{{Key: "l2-cache-size", Value: "9999999P"}}, 0, "is out of range"},
+		{[]image.Param{{Key: "no-such-thing", Value: "1"}}, 0, "does not support the option 'no-such-thing'"},
 	} {
 		o, err := parseOptions(tt.params)
 		switch {

@@ -3,8 +3,6 @@ package qcow2
 import (
 	"fmt"
 	"math"
-	"strconv"
-	"strings"
 
 	"github.com/imgnbd/imgnbd/image"
 )
@@ -27,19 +25,17 @@ type Options struct {
 func parseOptions(params []image.Param) (Options, error) {
 	o := Options{L2CacheSize: -1, CacheSize: -1}
 	for _, p := range params {
-		var err error
 		switch p.Key {
-		case "l2-cache-size":
-			o.L2CacheSize, err = parseSize(p.Value)
-		case "cache-size":
-			o.CacheSize, err = parseSize(p.Value)
+		case "l2-cache-size", "cache-size":
+			n, err := p.Size()
+			if err != nil {
+				return o, err
+			}
+			*map[string]*int64{"l2-cache-size": &o.L2CacheSize, "cache-size": &o.CacheSize}[p.Key] = int64(min(n, math.MaxInt64))
 		case "data-file", "data-file.filename":
 			o.DataFile = p.Value
 		default:
-			return o, fmt.Errorf("qcow2: unknown option %s", p.Key)
-		}
-		if err != nil {
-			return o, fmt.Errorf("qcow2: %s=%s: %w", p.Key, p.Value, err)
+			return o, p.Unknown("qcow2")
 		}
 	}
 	if o.L2CacheSize >= 0 && o.CacheSize >= 0 && o.L2CacheSize > o.CacheSize {
@@ -64,19 +60,4 @@ func (o *Options) l2Budget() int64 {
 		return o.CacheSize
 	}
 	return defaultL2Cache
-}
-
-// parseSize reads a number of bytes as QEMU takes it: 4096, 16M.
-func parseSize(s string) (int64, error) {
-	shift := 0
-	if s != "" {
-		if i := strings.IndexByte("bkmgtpe", s[len(s)-1]|0x20); i >= 0 && s[len(s)-1] > '9' {
-			s, shift = s[:len(s)-1], 10*i
-		}
-	}
-	n, err := strconv.ParseInt(s, 10, 64)
-	if err != nil || n < 0 || n > math.MaxInt64>>shift {
-		return 0, fmt.Errorf("not a number of bytes")
-	}
-	return n << shift, nil
 }

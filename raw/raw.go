@@ -15,7 +15,6 @@ import (
 	"fmt"
 	"io"
 	"math"
-	"strconv"
 
 	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/storage"
@@ -74,29 +73,26 @@ func roundUp(n int64) int64 { return (n + sector - 1) &^ (sector - 1) }
 func window(params []image.Param, total int64) (offset, size int64, err error) {
 	size = -1
 	for _, p := range params {
-		n, err := strconv.ParseInt(p.Value, 0, 64)
-		if err != nil || n < 0 {
-			return 0, 0, fmt.Errorf("raw: %s=%s is not a number of bytes", p.Key, p.Value)
+		to := map[string]*int64{"offset": &offset, "size": &size}[p.Key]
+		if to == nil {
+			return 0, 0, p.Unknown("raw")
 		}
-		switch p.Key {
-		case "offset":
-			offset = n
-		case "size":
-			size = n
-		default:
-			return 0, 0, fmt.Errorf("raw: unknown option %s", p.Key)
+		n, err := p.Size()
+		if err != nil {
+			return 0, 0, err
 		}
+		*to = int64(min(n, math.MaxInt64))
 	}
 	switch {
 	case offset > total:
-		return 0, 0, fmt.Errorf("raw: offset %d is past the end (%d)", offset, total)
+		return 0, 0, fmt.Errorf("Offset (%d) cannot be greater than size of the containing file (%d)", offset, total)
 	case size < 0:
 		// QEMU shows whole sectors; those that end past the store read as zeros there.
 		return offset, roundUp(total - offset), nil
 	case size%sector != 0:
-		return 0, 0, fmt.Errorf("raw: size %d is not a multiple of %d", size, sector)
+		return 0, 0, fmt.Errorf("Specified size is not multiple of %d", sector)
 	case size > total-offset:
-		return 0, 0, fmt.Errorf("raw: offset %d and size %d reach past the end (%d)", offset, size, total)
+		return 0, 0, fmt.Errorf("The sum of offset (%d) and size (%d) has to be smaller or equal to the  actual size of the containing file (%d)", offset, size, total)
 	}
 	return offset, size, nil
 }

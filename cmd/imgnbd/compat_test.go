@@ -150,6 +150,35 @@ func TestSameAsQEMUNBD(t *testing.T) {
 		{"--image-opts", "driver=qcow2,file.filename=disk.raw"},
 		{"--image-opts", "driver=raw,file.filename=a,,b"},
 		{"--image-opts", "filename=disk.raw"},
+		{"--image-opts", "driver=raw"},
+		{"--image-opts", "driver=qcow2"},
+		{"--image-opts", "driver"},
+		{"--image-opts", "disk.raw"},
+		{"--image-opts", "file=disk.raw,driver=raw"},
+		{"--image-opts", "driver=qcow2,file.filename="},
+		{"--image-opts", "driver=qcow2,file.filename=nonexistent"},
+		{"--image-opts", "driver=qcow2,file.filename=disk.qcow2,foo=bar"},
+		{"--image-opts", "driver=qcow2,file.filename=disk.qcow2,file.foo=bar"},
+		{"--image-opts", "driver=qcow2,file.filename=disk.qcow2,l2-cache-size=abc"},
+		{"--image-opts", "driver=raw,size=3G,file.filename=disk.raw"},
+		{"--image-opts", "driver=raw,offset=abc,file.filename=disk.raw"},
+		{"--image-opts", "driver=raw,read-only=maybe,file.filename=disk.raw"},
+		{"--image-opts", "driver=raw,cache.direct=maybe,file.filename=disk.raw"},
+		{"--image-opts", "file.filename=disk.raw,file.locking=maybe"},
+		{"json:{}"},
+		{"json:3"},
+		{`json:{"driver":"raw"}`},
+		{`json:{"driver":"qcow2","file":{"driver":"file"}}`},
+		{`json:{"driver":"qcow2","file":"disk.qcow2"}`},
+		{`json:{"driver":"raw","file":{"driver":"file","filename":"disk.raw"},"x":1}`},
+		{`json:{"driver":"raw","file":{"driver":"file","filename":"disk.raw","y":"z"}}`},
+		{`json:{"driver":"raw","offset":-1,"file":{"driver":"file","filename":"disk.raw"}}`},
+		{`json:{"driver":"raw","offset":2097152,"file":{"driver":"file","filename":"disk.raw"}}`},
+		{`json:{"driver":"raw","size":2097152,"file":{"driver":"file","filename":"disk.raw"}}`},
+		{""},
+		{"-f", "raw", ""},
+		{"file:"},
+		{"foo:bar"},
 		{"-f", "foo", "disk.raw"},
 		{"-f", "foo", "nonexistent"},
 		{"-f", "", "disk.raw"},
@@ -195,20 +224,23 @@ var hintLine = regexp.MustCompile(`(?m)^[\w-]+: hint: .*\n`)
 
 // What an option is refused with says what to do instead.
 func TestRefusals(t *testing.T) {
-	for option, advice := range map[string]string{
-		"-T x":                                            "--verbose",
-		"--object secret,id=a,data=x":                     "without a passphrase",
-		"--object tls-creds-psk,id=a":                     "tls-creds-x509",
-		"--object tls-creds-anon,id=a":                    "tls-creds-x509",
-		"--object authz-pam,id=a":                         "authz-list",
-		"--object throttle-group,id=a":                    "systemd-run",
-		"--object tls-creds-x509,id=a,priority=SECURE256": "TLS 1.2",
-		"--aio io_uring":                                  "--aio=threads",
+	for words, advice := range map[string]string{
+		"-T x disk":                                            "--verbose",
+		"--object secret,id=a,data=x disk":                     "without a passphrase",
+		"--object tls-creds-psk,id=a disk":                     "tls-creds-x509",
+		"--object tls-creds-anon,id=a disk":                    "tls-creds-x509",
+		"--object authz-pam,id=a disk":                         "authz-list",
+		"--object throttle-group,id=a disk":                    "systemd-run",
+		"--object tls-creds-x509,id=a,priority=SECURE256 disk": "TLS 1.2",
+		"--aio io_uring disk":                                  "--aio=threads",
+		"--image-opts discard=unmap,file.filename=disk":        "--discard=unmap",
+		"--image-opts detect-zeroes=on,file.filename=disk":     "--detect-zeroes=on",
+		"--image-opts cache.no-flush=on,file.filename=disk":    "--cache=unsafe",
 	} {
-		o := ours(append(append([]string{"imgnbd"}, strings.Fields(option)...), "disk")...)
+		o := ours(append([]string{"imgnbd", "-k", t.TempDir() + "/s"}, strings.Fields(words)...)...)
 		error, hint, _ := strings.Cut(o.Stderr, "\n")
 		if o.Code != 1 || !strings.Contains(error, "is not supported") || !strings.HasPrefix(hint, "imgnbd: hint: ") || !strings.Contains(hint, advice) {
-			t.Errorf("%s: %d, %s", option, o.Code, o.Stderr)
+			t.Errorf("%s: %d, %s", words, o.Code, o.Stderr)
 		}
 	}
 }

@@ -290,8 +290,8 @@ func (p *newImageParams) set(name, v string) error {
 	}
 	switch c.Kind {
 	case image.BoolParam:
-		if _, err := image.ParseBool(v); err != nil {
-			return says("Parameter '%s' expects 'on' or 'off'", c.Name)
+		if _, err := (image.Param{Key: c.Name, Value: v}).Bool(); err != nil {
+			return says("%v", err)
 		}
 	case image.NumberParam:
 		if _, err := image.ParseNumber(v); errors.Is(err, syscall.ERANGE) {
@@ -300,11 +300,8 @@ func (p *newImageParams) set(name, v string) error {
 			return says("Parameter '%s' expects a number", c.Name)
 		}
 	case image.SizeParam:
-		if _, err := image.ParseSize(v); errors.Is(err, syscall.ERANGE) {
-			return says("Value '%s' is out of range for parameter '%s'", v, c.Name)
-		} else if err != nil {
-			return says("Parameter '%s' expects a non-negative number below 2^64\n"+
-				"Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively.", c.Name)
+		if _, err := (image.Param{Key: c.Name, Value: v}).Size(); err != nil {
+			return says("%v", err)
 		}
 	}
 	p.values[c.Name] = v

@@ -107,10 +107,11 @@ func (o *imageOptions) target(operand string, changed bool, words string) (*targ
 				driver, given = p.Value, true
 			case "filename", "file.filename":
 				t.shown = p.Value
+			case "discard", "detect-zeroes":
+				return nil, t.failed(hinted(fmt.Errorf("the option '%s' is not supported", p.Key), fmt.Sprintf("--%s=%s does it", p.Key, p.Value)))
+			case "cache.no-flush":
+				return nil, t.failed(hinted(fmt.Errorf("the option '%s' is not supported", p.Key), "--cache=unsafe does it"))
 			}
-		}
-		if !given && !slices.ContainsFunc(params, func(p image.Param) bool { return strings.HasPrefix(p.Key, "file") && p.Key != "filename" }) {
-			return nil, t.failed(says("Must specify either driver or file"))
 		}
 	} else if driver == "file" || driver == "host_device" {
 		t.opt.Format = "raw" // the bytes as they are
