@@ -106,6 +106,9 @@ func (a *Attachment) replace(ctx context.Context, place int) error {
 // attached gives the kernel connections, if there are any. Its answer tells
 // whether the device is still that of this attachment.
 func (a *Attachment) attached(conns ...net.Conn) error {
+	if a.host.read(a.index, name(a.index), "backend") != a.backend {
+		return ErrNotAttached
+	}
 	err := a.host.reconfigure(&reconfiguration{index: a.index, backend: a.backend, conns: conns, deadTimeout: a.opt.DeadTimeout})
 	switch {
 	case errors.Is(err, syscall.EINVAL):

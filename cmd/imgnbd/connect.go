@@ -20,8 +20,11 @@ type connectOptions struct {
 	device      string // that the image becomes; "": none
 	disconnect  bool
 	connections int
+	blockSize   int // logical, bytes; 0: the least that is possible
 	maxPart     int // negative: the module's default
+	timeout     time.Duration
 	deadTimeout time.Duration
+	swap        bool
 	force       bool
 
 	origin *origin // of the image, for whoever takes over its device; nil without one
@@ -36,7 +39,7 @@ func (c *connectOptions) check(o *serveOptions) error {
 	case c.disconnect:
 		name = "disconnect"
 	case c.device == "":
-		for _, only := range []string{"connections", "max-part", "dead-timeout", "force"} {
+		for _, only := range []string{"connections", "block-size", "max-part", "timeout", "dead-timeout", "swap", "force"} {
 			if o.flags.Changed(only) {
 				return fmt.Errorf("--%s goes with --connect or --disconnect", only)
 			}
@@ -87,7 +90,9 @@ func isBusy(err error) bool {
 // kernel, and only then is whoever waits for that told.
 func (s *service) runConnected() (err error) {
 	defer s.catchSignals()()
-	protectServer(s.u.logger(s.opt.verbose))
+	if err := protectServer(); err != nil { // not all of it is allowed everywhere
+		s.u.logger(s.opt.verbose).Debug("not protected from a shortage of memory", "err", err)
+	}
 	orphan, err := s.findOrphan()
 	if err != nil {
 		return err
@@ -124,8 +129,9 @@ func (s *service) runConnected() (err error) {
 	s.visitors = newVisitors()
 	s.server = s.opt.newServer(s.u, e, s.visitors)
 	s.server.Authorize = nil // the only client is ourselves
+	s.over = s.visitors.over
 	settled := s.visitors.expect()
-	a, err = s.attach(orphan, e)
+	a, err = s.attachImage(orphan, e)
 	settled()
 	if err == nil {
 		err = s.serveDevice(a)
@@ -133,9 +139,27 @@ func (s *service) runConnected() (err error) {
 	return errors.Join(err, s.shutdown())
 }
 
-// attach gives the kernel its connections, each to a server that is here, for
-// a new device or for one that waits.
-func (s *service) attach(orphan *connect.Orphan, e *export.Export) (*connect.Attachment, error) {
+// attachImage gives the kernel its connections, each to a server that is here,
+// for a new device or for one that waits.
+func (s *service) attachImage(orphan *connect.Orphan, e *export.Export) (*connect.Attachment, error) {
+	return s.attach(orphan, connect.Options{
+		Export:   e.Name,
+		Image:    s.opt.connect.origin.name,
+		Identity: s.opt.connect.origin.identity(s.opt, e),
+		Dial: func(context.Context) (net.Conn, error) {
+			ours, theirs, err := connect.SocketPair()
+			if err != nil {
+				return nil, err
+			}
+			go s.server.ServeConn(ours) // which logs what goes wrong
+			return theirs, nil
+		},
+	})
+}
+
+// attach adds to opt what the command line says of the device. A signal ends
+// the waiting.
+func (s *service) attach(orphan *connect.Orphan, opt connect.Options) (*connect.Attachment, error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	stopped := make(chan struct{})
@@ -147,23 +171,11 @@ func (s *service) attach(orphan *connect.Orphan, e *export.Export) (*connect.Att
 		case <-stopped:
 		}
 	}()
-	opt := connect.Options{
-		Device:      s.opt.connect.device,
-		Export:      e.Name,
-		Connections: s.opt.connect.connections,
-		MaxPart:     s.opt.connect.maxPart,
-		DeadTimeout: s.opt.connect.deadTimeout,
-		Image:       s.opt.connect.origin.name,
-		Identity:    s.opt.connect.origin.identity(s.opt, e),
-		Dial: func(context.Context) (net.Conn, error) {
-			ours, theirs, err := connect.SocketPair()
-			if err != nil {
-				return nil, err
-			}
-			go s.server.ServeConn(ours) // which logs what goes wrong
-			return theirs, nil
-		},
-	}
+	c := &s.opt.connect
+	opt.Device, opt.Connections, opt.MaxPart = c.device, c.connections, c.maxPart
+	opt.ReadOnly, opt.BlockSize = s.opt.readOnly, c.blockSize
+	opt.Timeout, opt.DeadTimeout = c.timeout, c.deadTimeout
+	opt.Log = s.u.logger(s.opt.verbose)
 	if orphan != nil {
 		a, err := orphan.TakeOver(ctx, opt)
 		return a, differs(err)
@@ -185,7 +197,7 @@ func (s *service) serveDevice(a *connect.Attachment) error {
 		defer s.pid.Close()
 	}
 	select {
-	case <-s.visitors.over: // somebody has detached it
+	case <-s.over: // somebody has detached it
 		return nil
 	case <-s.signals:
 	}
@@ -207,7 +219,10 @@ func (s *service) announceDevice(a *connect.Attachment) (err error) {
 		return err
 	}
 	var result string
-	if s.opt.connect.device == connect.Auto {
+	switch {
+	case s.report != nil:
+		result = s.report(a)
+	case s.opt.connect.device == connect.Auto:
 		result = a.Path() + "\n"
 	}
 	notify(fmt.Sprintf("READY=1\nMAINPID=%d\nSTATUS=%s is %s", os.Getpid(), s.file, a.Path()))
@@ -232,7 +247,7 @@ func (s *service) detach(a *connect.Attachment) error {
 			s.u.message(err.Error() + ": it is detached as soon as it is free, or by another signal")
 		}
 		select {
-		case <-s.visitors.over: // somebody has detached it
+		case <-s.over: // somebody has detached it
 			return nil
 		case <-s.signals:
 			return a.Detach(ctx, true)

@@ -226,6 +226,23 @@ func newServeOptions() *serveOptions {
 		o.connect.connections = int(n)
 		return nil
 	})
+	value(fs, "block-size", "", func(s string) error {
+		n, err := cInt(s, 32)
+		if err != nil || n < 512 || n > 4096 || n&(n-1) != 0 {
+			return fmt.Errorf("--block-size=%s is none of 512, 1024, 2048, 4096", s)
+		}
+		o.connect.blockSize = int(n)
+		return nil
+	})
+	value(fs, "timeout", "", func(s string) error {
+		n, err := cInt(s, 32)
+		if err != nil || n < 0 {
+			return fmt.Errorf("--timeout=%s is not a number of seconds", s)
+		}
+		o.connect.timeout = time.Duration(n) * time.Second
+		return nil
+	})
+	fs.BoolVar(&o.connect.swap, "swap", false, "")
 	value(fs, "max-part", "", func(s string) error {
 		n, err := cInt(s, 16)
 		if err != nil || n < 0 || n > 255 {
@@ -256,7 +273,7 @@ func newServeOptions() *serveOptions {
 	})
 	fs.BoolVar(&o.confinement.untrusted, "untrusted", false, "")
 	value(fs, "journal", "", o.journal.set)
-	for _, name := range []string{"journal", "stdio", "run", "vsock", "partition", "backing", "backing-dir", "tls-mode", "allow", "deny", "allow-file", "socket-mode", "connections", "max-part", "dead-timeout", "force", "user", "sandbox", "untrusted"} {
+	for _, name := range []string{"journal", "stdio", "run", "vsock", "partition", "backing", "backing-dir", "tls-mode", "allow", "deny", "allow-file", "socket-mode", "connections", "block-size", "timeout", "swap", "max-part", "dead-timeout", "force", "user", "sandbox", "untrusted"} {
 		fs.SetAnnotation(name, own, nil)
 	}
 	return o

@@ -3,6 +3,8 @@ package main
 import (
 	"os"
 	"runtime"
+	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -31,4 +33,19 @@ func withSocketLabel(label string, f func() error) error {
 	}
 	defer os.WriteFile(attr, nil, 0)
 	return f()
+}
+
+// limitSilence has a connection end when the other side takes nothing for half
+// a minute, where the kernel would go on for a quarter of an hour.
+func limitSilence(network, _ string, c syscall.RawConn) (err error) {
+	if !strings.HasPrefix(network, "tcp") {
+		return nil
+	}
+	controlErr := c.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, 30_000)
+	})
+	if err == nil {
+		err = controlErr
+	}
+	return err
 }

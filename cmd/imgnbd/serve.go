@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 
+	"github.com/imgnbd/imgnbd/connect"
 	"github.com/imgnbd/imgnbd/export"
 	"github.com/imgnbd/imgnbd/image"
 )
@@ -35,10 +36,14 @@ func (o *serveOptions) run(u *ui, operands, args []string) error {
 	if err != nil {
 		return err
 	}
-	if o.connect.device != "" && o.tls.creds != "" {
+	r, err := o.findRemote(u, operands)
+	if err != nil {
+		return err
+	}
+	if o.connect.device != "" && o.tls.creds != "" && r == nil {
 		return says("TLS is not supported with a host device")
 	}
-	if err := o.tls.check(o.objects, o.list); err != nil {
+	if err := o.tls.check(o.objects, o.list || r != nil); err != nil {
 		return err
 	}
 	if o.selinuxLabel != "" && o.socket == "" {
@@ -63,7 +68,11 @@ func (o *serveOptions) run(u *ui, operands, args []string) error {
 		}
 		return err
 	}
-	s := &service{opt: o, u: u, file: operands[0], daemon: d}
+	s := &service{opt: o, u: u, daemon: d}
+	if r != nil {
+		return s.runRemote(r)
+	}
+	s.file = operands[0]
 	if o.connect.device != "" {
 		return s.runConnected()
 	}
@@ -85,7 +94,7 @@ func (o *serveOptions) check(operands []string) error {
 		if o.fork {
 			return says("List mode is incompatible with forking")
 		}
-	} else if len(operands) != 1 {
+	} else if tab := o.connect.device != "" && o.connect.device != connect.Auto && len(operands) == 0; len(operands) != 1 && !tab {
 		return &usage{text: "Invalid number of arguments"}
 	}
 	for _, pair := range [][2]string{

@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/imgnbd/imgnbd/connect"
 	"github.com/imgnbd/imgnbd/export"
 	"github.com/imgnbd/imgnbd/image"
 )
@@ -33,8 +34,10 @@ type service struct {
 	device   image.Device
 	server   *export.Server
 	visitors *visitors
-	pid      io.Closer // the file, nil if there is none
-	command  *exec.Cmd // of --run, nil if there is none
+	over     <-chan struct{}                  // closed when a device is nobody's; of --connect
+	report   func(*connect.Attachment) string // what is printed when it is there; nil: as usual
+	pid      io.Closer                        // the file, nil if there is none
+	command  *exec.Cmd                        // of --run, nil if there is none
 	ended    chan error
 }
 

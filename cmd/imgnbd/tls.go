@@ -155,14 +155,26 @@ func newTLSCreds(p *properties) (any, error) {
 	if !ok {
 		return nil, says("Missing 'dir' property value")
 	}
-	if err := c.load(dir, endpoint, check); err != nil {
+	if err := c.load(credsIn(dir, endpoint), endpoint, check); err != nil {
 		return nil, err
 	}
 	return c, nil
 }
 
-func (c *tlsCreds) load(dir, endpoint string, check bool) error {
-	caPath := filepath.Join(dir, "ca-cert.pem")
+// credsFiles are where credentials are read from.
+type credsFiles struct {
+	ca, crl   string
+	cert, key string // of this end's own
+}
+
+// credsIn returns the files of a folder.
+func credsIn(dir, endpoint string) credsFiles {
+	at := func(name string) string { return filepath.Join(dir, name) }
+	return credsFiles{at("ca-cert.pem"), at("ca-crl.pem"), at(endpoint + "-cert.pem"), at(endpoint + "-key.pem")}
+}
+
+func (c *tlsCreds) load(files credsFiles, endpoint string, check bool) error {
+	caPath := files.ca
 	cas, err := readCertificates(caPath)
 	if err != nil {
 		return err
@@ -179,29 +191,19 @@ func (c *tlsCreds) load(dir, endpoint string, check bool) error {
 		}
 		c.cas.AddCert(ca)
 	}
-	if c.revoked, err = readRevoked(filepath.Join(dir, "ca-crl.pem"), cas); err != nil {
+	if c.revoked, err = readRevoked(files.crl, cas); err != nil {
 		return err
 	}
-	certPath, keyPath := filepath.Join(dir, endpoint+"-cert.pem"), filepath.Join(dir, endpoint+"-key.pem")
+	certPath, keyPath := files.cert, files.key
 	chain, err := readCertificates(certPath)
 	if !c.server && errors.Is(err, fs.ErrNotExist) {
 		return nil
 	} else if err != nil {
 		return err
 	}
-	keyText, err := os.ReadFile(keyPath)
-	if err != nil {
-		return unreadable(keyPath, err)
+	if err := c.loadOwn(certPath, keyPath); err != nil {
+		return err
 	}
-	certText, err := os.ReadFile(certPath)
-	if err != nil {
-		return unreadable(certPath, err)
-	}
-	pair, err := tls.X509KeyPair(certText, keyText)
-	if err != nil {
-		return fmt.Errorf("Unable to load certificate '%s' & key '%s': %w", certPath, keyPath, err)
-	}
-	c.own = []tls.Certificate{pair}
 	if !check {
 		return nil
 	}
@@ -220,6 +222,41 @@ func (c *tlsCreds) load(dir, endpoint string, check bool) error {
 		return fmt.Errorf("Our own certificate %s failed validation against %s: %w", certPath, caPath, err)
 	}
 	return nil
+}
+
+func (c *tlsCreds) loadOwn(certPath, keyPath string) error {
+	keyText, err := os.ReadFile(keyPath)
+	if err != nil {
+		return unreadable(keyPath, err)
+	}
+	certText, err := os.ReadFile(certPath)
+	if err != nil {
+		return unreadable(certPath, err)
+	}
+	pair, err := tls.X509KeyPair(certText, keyText)
+	if err != nil {
+		return fmt.Errorf("Unable to load certificate '%s' & key '%s': %w", certPath, keyPath, err)
+	}
+	c.own = []tls.Certificate{pair}
+	return nil
+}
+
+// loadClient loads what nbd-client names, each only if it does.
+func (c *tlsCreds) loadClient(ca, cert, key string) error {
+	if ca != "" {
+		certs, err := readCertificates(ca)
+		if err != nil {
+			return err
+		}
+		c.cas = x509.NewCertPool()
+		for _, ca := range certs {
+			c.cas.AddCert(ca)
+		}
+	}
+	if cert == "" {
+		return nil
+	}
+	return c.loadOwn(cert, key)
 }
 
 func inTime(c *x509.Certificate, what, path string) error {

@@ -27,7 +27,7 @@ eventually() {
 }
 
 absent() { [ ! -e "$1" ]; }
-gone() { ! kill -0 "$1"; }
+gone() { ! kill -0 -- "$1"; }
 
 # nodes DEVICE NUMBER...: it has partitions of these numbers and no others.
 nodes() {
