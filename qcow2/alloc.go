@@ -98,14 +98,28 @@ func (a *allocator) takeWhole(n int64) (r hostRun, ok bool) {
 	return r, true
 }
 
-// give takes back clusters that take handed out and nothing ever referred to,
-// or that nothing refers to any more; their count falls to zero. They may have
-// been written to.
+// give takes back clusters that take handed out and nothing ever referred to;
+// their count falls to zero. They may have been written to.
 func (a *allocator) give(r hostRun) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.change(r, -1)
 	a.insert(r)
+}
+
+// release is give for clusters that nothing refers to any more. It returns
+// false, and does nothing, if some are free already: then more referred to them
+// than their counts said.
+func (a *allocator) release(r hostRun) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	i := a.search(r.first)
+	if i > 0 && a.free[i-1].end() > r.first || i < len(a.free) && a.free[i].first < r.end() || r.end() > a.tail {
+		return false
+	}
+	a.change(r, -1)
+	a.insert(r)
+	return true
 }
 
 // found adds free clusters whose counts are zero already.
@@ -126,8 +140,14 @@ func (a *allocator) change(r hostRun, delta int64) {
 	a.changes = append(a.changes, countChange{r, delta})
 }
 
+// search returns the index of the first free run at or behind a cluster.
+func (a *allocator) search(c int64) int {
+	i, _ := slices.BinarySearchFunc(a.free, c, func(r hostRun, c int64) int { return compare(r.first, c) })
+	return i
+}
+
 func (a *allocator) insert(r hostRun) {
-	i, _ := slices.BinarySearchFunc(a.free, r, func(x, y hostRun) int { return int(min(max(x.first-y.first, -1), 1)) })
+	i := a.search(r.first)
 	left := i > 0 && a.free[i-1].end() == r.first
 	right := i < len(a.free) && r.end() == a.free[i].first
 	switch {

@@ -37,10 +37,11 @@ type checker struct {
 
 	l1       []uint64 // active
 	refTable []uint64
-	broken   bool   // the refcount structure cannot be mended, only be made anew
-	clusters int64  // that are looked at: those of the store, and what refers to the one behind
-	refs     *tally // references; later the stored counts
-	last     int64  // the last cluster that has either
+	broken   bool           // the refcount structure cannot be mended, only be made anew
+	clusters int64          // that are looked at: those of the store, and what refers to the one behind
+	refs     *tally         // references; later the stored counts
+	last     int64          // the last cluster that has either
+	often    map[int64]bool // clusters with L2 tables that an L1 table leads to all too often
 
 	// Of who repairs.
 	roles *roleMap
@@ -186,7 +187,7 @@ func (c *checker) walk() (err error) {
 		c.res.CheckErrors++
 		return fmt.Errorf("%d clusters: %w", c.clusters, syscall.EFBIG)
 	}
-	c.refs = newTally(c.clusters + 1)
+	c.refs, c.often = newTally(c.clusters+1), map[int64]bool{}
 	if c.opt.Repair != image.RepairNothing {
 		c.roles, c.over = newRoleMap(), newRoleMap()
 	}
@@ -392,6 +393,7 @@ func (c *checker) stored(cluster int64) (uint64, bool) {
 func (c *checker) checkCopied() error {
 	right := c.rightsCopied()
 	var wrong span
+	seen := map[int64]bool{}
 	for i, w := range c.l1 {
 		c.progress(1)
 		e := l1Entry(w)
@@ -408,6 +410,9 @@ func (c *checker) checkCopied() error {
 		if (n == 1) != e.copied() && c.flag(right && c.ownWord(int64(c.h.l1Offset)+int64(i)*8) && !c.shared(e.host(), n), "L2 cluster: l1_index=%d l1_entry=%x refcount=%d", i, w, n) {
 			c.l1[i] ^= flagCopied
 			wrong.add(int64(i)*8, 8)
+		}
+		if c.revisited(seen, e.host()) {
+			continue
 		}
 		t, err := c.table(c.l1, i)
 		if err != nil {

@@ -170,6 +170,7 @@ var damages = []struct {
 	{"compressed copied", compressedImage, func(e *editor) { e.xor(e.l2(0, 0), flagCopied) }, "copied flag must never be set"},
 	{"compressed far", compressedImage, func(e *editor) { e.xor(e.l2(0, 0), 1<<50) }, "exceeding the end"},
 	{"bitmap conflict", subclusterImage, func(e *editor) { e.xor(e.l2(0, 0)+8, 1<<32) }, "corrupted subcluster allocation bitmap"},
+	{"bitmap of compressed data", recipe{io: writes, compress: "extended_l2=on,cluster_size=16k"}, func(e *editor) { e.xor(e.l2(0, 0)+8, 1) }, "non-zero subcluster allocation bitmap"},
 	{"bitmap of nothing", subclusterImage, func(e *editor) { e.xor(e.l2(0, 9)+8, 1) }, "non-zero subcluster allocation map"},
 	{"subclusters unaligned", subclusterImage, func(e *editor) { e.xor(e.l2(0, 0), 512) }, "not properly aligned"},
 	{"overflow", oneBitImage, func(e *editor) { e.put(e.l2(0, 1), e.word(e.l2(0, 0))) }, "overflow cluster"},

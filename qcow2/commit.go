@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/storage"
@@ -44,6 +45,8 @@ type committer struct {
 	kept   []reference   // dropped by entries that are still to be made durable
 	grace  []graceItem   // dropped durably, perhaps still known to requests
 	unmap  bool          // give the host back the space that requests gave up
+
+	condemned atomic.Bool // the image was found to be corrupt
 
 	mu     sync.Mutex
 	next   *ticket // of the next batch
@@ -275,7 +278,7 @@ func (c *committer) stageA(b *batch) error {
 		return c.condemn(err)
 	}
 	if dry {
-		if err := c.refs.scan(c.alloc); err != nil {
+		if err := c.condemn(c.refs.scan(c.alloc)); err != nil {
 			return err
 		}
 	}
@@ -444,7 +447,9 @@ func (c *committer) reclaim() error {
 				return err
 			}
 		} else if !c.defects.lowerEarly {
-			c.free(item.hostRun, item.unwanted)
+			if err := c.free(item.hostRun, item.unwanted); err != nil {
+				return err
+			}
 		} else {
 			c.alloc.found(item.hostRun)
 		}
@@ -460,7 +465,7 @@ func (c *committer) lowerShared(r *hostRun, unwanted bool) error {
 		n, err := c.refs.count(r.first)
 		if err == nil {
 			if n == 1 {
-				c.free(hostRun{r.first, 1}, unwanted)
+				err = c.free(hostRun{r.first, 1}, unwanted)
 			} else {
 				_, err = c.refs.add(r.first, -1)
 			}
@@ -476,12 +481,18 @@ func (c *committer) lowerShared(r *hostRun, unwanted bool) error {
 
 // free gives clusters back to the allocator, and to the host the space of those
 // that requests gave up. What fell free otherwise is about to be used again.
-func (c *committer) free(r hostRun, unwanted bool) {
+func (c *committer) free(r hostRun, unwanted bool) error {
+	if at, found := c.tables.overlaps(r); found {
+		return c.condemn(corrupt("Preventing invalid write on active metadata at offset %#x", at<<c.g.clusterBits))
+	}
 	if c.unmap && unwanted {
 		// Advice: what the host does with it is its own affair.
 		_ = c.store.Discard(r.first<<c.g.clusterBits, r.n<<c.g.clusterBits)
 	}
-	c.alloc.give(r)
+	if !c.alloc.release(r) {
+		return c.condemn(corrupt("more refers to the clusters at %#x than their refcounts say", r.first<<c.g.clusterBits))
+	}
+	return nil
 }
 
 // sync makes durable what was written. After an error nothing is known of
@@ -534,12 +545,21 @@ func (c *committer) condemn(err error) error {
 		return err
 	}
 	c.fail(err)
+	c.condemned.Store(true)
 	if c.g.version >= 3 {
 		if werr := first(setIncompatible(c.store, incompatCorrupt), c.store.Sync()); werr != nil {
 			return fmt.Errorf("%w; marking it as such: %w", err, werr)
 		}
 	}
 	return err
+}
+
+// refuses returns why nothing may be changed any more, nil if it may.
+func (c *committer) refuses() error {
+	if c.condemned.Load() {
+		return errCondemned
+	}
+	return nil
 }
 
 // setIncompatible sets feature bits in the header, of version 3.

@@ -122,7 +122,7 @@ func open(ctx context.Context, s storage.Store, opt image.Options, hooks *hooks)
 		return nil, err
 	}
 	if !opt.ReadOnly {
-		if im.writer, err = newWriter(im.disk, h, im.bitmaps, &opt, hooks); err != nil {
+		if im.writer, err = newWriter(im.disk, h, im.snapshots, im.bitmaps, &opt, hooks); err != nil {
 			im.mapping.close()
 			return nil, err
 		}

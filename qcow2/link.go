@@ -101,6 +101,7 @@ type newTable struct {
 type changes struct {
 	m       *mapping
 	alloc   *allocator
+	guard   *tableGuard
 	journal *journal // nil: none
 	defects *defects
 
@@ -115,8 +116,8 @@ type changes struct {
 	tables  map[int64]*newTable // by L1 index
 }
 
-func newChanges(m *mapping, a *allocator, d *defects) *changes {
-	return &changes{m: m, alloc: a, defects: d, slices: map[*slice]struct{}{}, tables: map[int64]*newTable{}}
+func newChanges(m *mapping, a *allocator, t *tableGuard, d *defects) *changes {
+	return &changes{m: m, alloc: a, guard: t, defects: d, slices: map[*slice]struct{}{}, tables: map[int64]*newTable{}}
 }
 
 // list enters a slice in the list that the next cut looks at.
@@ -154,6 +155,7 @@ func (c *changes) ensureTable(s *slice) bool {
 	}
 	r, _, ok := c.alloc.take(1)
 	if ok {
+		c.guard.add(r)
 		c.tables[i] = &newTable{l1Index: i, host: r.first << c.m.geo.clusterBits, old: old}
 	}
 	return ok
@@ -201,7 +203,9 @@ func (c *changes) giveUnusedTables() {
 	defer c.tableMu.Unlock()
 	for i, t := range c.tables {
 		if !t.exposed {
-			c.alloc.give(hostRun{t.host >> c.m.geo.clusterBits, 1})
+			r := hostRun{t.host >> c.m.geo.clusterBits, 1}
+			c.guard.drop(r)
+			c.alloc.give(r)
 			delete(c.tables, i)
 		}
 	}

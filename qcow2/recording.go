@@ -12,8 +12,9 @@ import (
 )
 
 // maxRecording bounds the memory of all bits of an image that record writes, in
-// bytes. It is twice what the format allows one bitmap.
-const maxRecording = 2 * maxBitmapSize
+// bytes: 64 TiB with the usual granularity of 64 KiB. The format allows one
+// bitmap 512 MiB, which a small file can claim to have.
+const maxRecording = 128 << 20
 
 // A recording is a bitmap that records writes while the image is open. In the
 // store it is marked as in use before the first change, and stays as it was

@@ -25,6 +25,7 @@ type refcounts struct {
 	store   storage.Store
 	g       *geometry
 	end     int64 // clusters that the store can hold
+	tables  *tableGuard
 	defects *defects
 
 	tableAt int64           // host offset of the table in the store
@@ -278,6 +279,7 @@ func (r *refcounts) placeBlock(a *allocator, i int64) error {
 	}
 	host := a.tail
 	a.tail++
+	r.tables.add(hostRun{host, 1})
 	r.table[i] = refTableEntry(host << r.g.clusterBits)
 	r.made = append(r.made, i)
 	r.blank[i] = true
@@ -287,12 +289,15 @@ func (r *refcounts) placeBlock(a *allocator, i int64) error {
 	return err
 }
 
-// growTable doubles the table, in memory. It returns false where the format or
-// the store has no room for more. The caller holds a.mu.
+// growTable doubles the table, in memory, or makes it as large as the tail
+// needs, where much lies behind what was counted so far. It returns false where
+// the format or the store has no room for more. The caller holds a.mu.
 func (r *refcounts) growTable(a *allocator) (bool, error) {
 	have := int64(len(r.table)) * 8
-	n := r.g.clusters(have * 2)
-	if have*2 > maxRefTableSize || r.grown != nil || r.end-a.tail < n+n/(r.perBlock()-1)+2 {
+	n := r.g.clusters(max(have*2, (a.tail>>r.g.refBlockBits+2)*8))
+	blocks := n/(r.perBlock()-1) + 2                                    // that count the table and themselves
+	n = max(n, r.g.clusters(((a.tail+n+blocks)>>r.g.refBlockBits+2)*8)) // and fit into it
+	if n<<r.g.clusterBits > maxRefTableSize || r.grown != nil || r.end-a.tail < n+blocks {
 		return false, nil
 	}
 	r.grown = &grownTable{old: hostRun{r.tableAt >> r.g.clusterBits, r.g.clusters(have)}}
@@ -304,6 +309,7 @@ func (r *refcounts) growTable(a *allocator) (bool, error) {
 		}
 	}
 	r.grown.at = hostRun{a.tail, n}
+	r.tables.add(r.grown.at)
 	a.tail += n
 	for c := r.grown.at.first; c < r.grown.at.end(); c++ {
 		if _, err := r.add(c, +1); err != nil {
@@ -508,6 +514,9 @@ func (r *refcounts) scan(a *allocator) error {
 			n++
 		}
 		if n > 0 {
+			if at, found := r.tables.overlaps(hostRun{c, n}); found {
+				return corrupt("the refcount of the table at %#x is 0", at<<r.g.clusterBits)
+			}
 			a.found(hostRun{c, n})
 		}
 		c += n + 1

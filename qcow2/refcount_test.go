@@ -15,6 +15,7 @@ func TestBlocksWaitForTheirCounters(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	r.tables = new(tableGuard)
 	first := r.covered(0) // nothing from here on has a count
 	a := newAllocator(first, first, first)
 	i := first >> g.refBlockBits

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"math"
+
+	"github.com/imgnbd/imgnbd/image"
 )
 
 // count adds a reference to all clusters that n bytes at off touch.
@@ -97,6 +99,22 @@ func (c *checker) table(l1 []uint64, i int) ([]byte, error) {
 	return c.run[at-c.runAt:][:size], nil
 }
 
+// maxSameTable is how often one L1 table may lead to an L2 table before what
+// that refers to is not counted once more, and how often that may be an L1
+// table. Once is right; a lie of a million times would keep us busy for days.
+const maxSameTable = 100
+
+// revisited reports whether a walk has seen an L2 table that was met too often.
+func (c *checker) revisited(seen map[int64]bool, host int64) bool {
+	k := host >> c.g.clusterBits
+	if !c.often[k] {
+		return false
+	}
+	was := seen[k]
+	seen[k] = true
+	return was
+}
+
 // countL1 counts the references of an L1 table and its L2 tables.
 func (c *checker) countL1(at, n int64, active bool) ([]uint64, error) {
 	if n == 0 {
@@ -110,6 +128,7 @@ func (c *checker) countL1(at, n int64, active bool) ([]uint64, error) {
 		c.report(false, "ERROR: I/O error in check_refcounts_l1")
 		return nil, err
 	}
+	again := map[int64]int{} // how often tables were met that were known before
 	for i, w := range l1 {
 		c.progress(1)
 		if w == 0 {
@@ -122,7 +141,15 @@ func (c *checker) countL1(at, n int64, active bool) ([]uint64, error) {
 		if e.reserved() != 0 {
 			c.corrupt("ERROR found L1 entry with reserved bits set: %x", w)
 		}
+		known := e.host() >> g.clusterBits
+		if c.refs.get(known) > 0 {
+			again[known]++
+		}
 		c.count(e.host(), g.clusterSize, roleTable)
+		if again[known] > maxSameTable {
+			c.often[known] = true
+			continue
+		}
 		if g.within(e.host()) != 0 {
 			c.corrupt("ERROR l2_offset=%x: Table is not cluster aligned; L1 entry corrupted", e.host())
 		}
@@ -205,7 +232,9 @@ func (c *checker) countCompressed(i int, e l2Entry, b l2Bitmap, active bool) {
 	}
 	if b != 0 {
 		c.corrupt("ERROR compressed cluster %d with non-zero subcluster allocation bitmap, entry=0x%x", i, uint64(e))
-		return
+		if c.opt.Repair == image.RepairNothing {
+			return // qemu-img then takes the data for a leak, though guests read it
+		}
 	}
 	c.count(host, n, roleOther)
 	if active {
@@ -221,10 +250,8 @@ func (c *checker) countSnapshots() error {
 	if n := len(c.snapshots); n > 0 && c.g.dataFile {
 		c.corrupt("ERROR %d snapshots in image with data file", n)
 	}
-	var size int64
 	for i := range c.snapshots {
 		sn := &c.snapshots[i]
-		size = (size+7)&^7 + snapshotFixed + int64(len(sn.extra)+len(sn.ID)+len(sn.Name))
 		if sn.l1At&uint64(c.g.clusterSize-1) != 0 {
 			c.corrupt("ERROR snapshot %s (%s) l1_offset=%#x: L1 table is not cluster aligned; snapshot table entry corrupted", sn.ID, sn.Name, sn.l1At)
 			continue
@@ -233,11 +260,15 @@ func (c *checker) countSnapshots() error {
 			c.corrupt("ERROR snapshot %s (%s) l1_size=%#x: L1 table is too large; snapshot table entry corrupted", sn.ID, sn.Name, sn.l1Size)
 			continue
 		}
+		if c.refs.get(int64(sn.l1At)>>c.g.clusterBits) > maxSameTable {
+			c.count(int64(sn.l1At), int64(sn.l1Size)*8, roleOther)
+			continue
+		}
 		if _, err := c.countL1(int64(sn.l1At), int64(sn.l1Size), false); err != nil {
 			return err
 		}
 	}
-	c.count(int64(h.snapshotOffset), size, roleOther)
+	c.count(int64(h.snapshotOffset), snapshotsSize(c.snapshots), roleOther)
 	return nil
 }
 

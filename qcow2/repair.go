@@ -319,14 +319,16 @@ func (c *checker) mendEntries() (bool, error) {
 	}
 	c.forget()
 	changed, err := c.mendL1(int64(c.h.l1Offset), c.l1)
+	seen := map[uint64]bool{} // L1 tables of snapshots
 	for i := range c.snapshots {
 		sn := &c.snapshots[i]
 		if err != nil {
 			return false, err
 		}
-		if c.g.within(int64(sn.l1At)) != 0 || sn.l1Size > maxL1Size/8 {
+		if c.g.within(int64(sn.l1At)) != 0 || sn.l1Size > maxL1Size/8 || seen[sn.l1At] {
 			continue
 		}
+		seen[sn.l1At] = true
 		var l1 []uint64
 		if l1, err = c.readWords(int64(sn.l1At), int64(sn.l1Size)); err != nil {
 			return false, err
@@ -341,6 +343,7 @@ func (c *checker) mendEntries() (bool, error) {
 func (c *checker) mendL1(at int64, l1 []uint64) (bool, error) {
 	changed := false
 	var wrong span
+	seen := map[int64]bool{}
 	for i := range l1 {
 		e := l1Entry(l1[i])
 		if e == 0 {
@@ -353,7 +356,7 @@ func (c *checker) mendL1(at int64, l1 []uint64) (bool, error) {
 			l1[i] &^= r
 			wrong.add(int64(i)*8, 8)
 		}
-		if e.host() == 0 || !c.ownTable(e.host()) {
+		if e.host() == 0 || !c.ownTable(e.host()) || c.revisited(seen, e.host()) {
 			continue
 		}
 		t, err := c.table(l1, i)

@@ -27,6 +27,7 @@ func (w *writer) writeSome(p []byte, off int64) (int64, obstacle, error) {
 	if err != nil {
 		return 0, obstacle{}, err
 	}
+	news := w.tables.news.Load()
 	host, n, err := w.inPlace(s, off, int64(len(p)))
 	if err != nil {
 		return 0, obstacle{}, err
@@ -37,7 +38,7 @@ func (w *writer) writeSome(p []byte, off int64) (int64, obstacle, error) {
 	if err := w.data.WriteAt(p[:n], host, 0); err != nil {
 		return 0, obstacle{}, fmt.Errorf("data at %#x: %w", host, err)
 	}
-	return n, obstacle{}, nil
+	return n, obstacle{}, w.guardSince(news, host, n)
 }
 
 // inPlace returns how many of the n bytes at off can be overwritten where they
@@ -59,7 +60,7 @@ func (w *writer) inPlace(s *slice, off, n int64) (host, length int64, err error)
 		if seg.kind != segmentData || seg.host != host+length {
 			break
 		}
-		if err := w.guard(seg.host); err != nil {
+		if err := w.guard(seg.host, seg.length); err != nil {
 			return 0, 0, err
 		}
 		at, length = at+seg.length, length+seg.length
@@ -113,6 +114,7 @@ func (w *writer) allocate(s *slice, p []byte, off int64) (n int64, o obstacle, e
 	if hi = w.elsewhere(s, lo, c.hi); hi == lo {
 		return 0, obstacle{kind: changed}, nil
 	}
+	news := w.tables.news.Load()
 	if err := w.sound(s, lo, hi); err != nil {
 		return 0, obstacle{}, err
 	}
@@ -129,7 +131,11 @@ func (w *writer) allocate(s *slice, p []byte, off int64) (n int64, o obstacle, e
 		w.link(c, lo, r)
 	}
 	at := r.first<<g.clusterBits + g.within(off)
-	if err := w.fillAndWrite(p[:n], off, at, g.clusterSize, fresh); err != nil {
+	err = w.fillAndWrite(p[:n], off, at, g.clusterSize, fresh)
+	if err == nil && !own {
+		err = w.guardSince(news, at, n)
+	}
+	if err != nil {
 		if own {
 			w.alloc.give(r)
 		}
@@ -203,6 +209,7 @@ func (w *writer) allocateSubclusters(s *slice, p []byte, off int64) (n int64, o 
 			c.abandon()
 		}
 	}()
+	news := w.tables.news.Load()
 	if err := w.sound(s, i, i+1); err != nil {
 		return 0, obstacle{}, err
 	}
@@ -245,7 +252,12 @@ func (w *writer) allocateSubclusters(s *slice, p []byte, off int64) (n int64, o 
 		}()
 		e = l2Entry(r.first<<g.clusterBits) | flagCopied
 	}
-	if err := w.fillAndWrite(p[:n], off, e.host()+g.within(off), unit, fresh); err != nil {
+	at := e.host() + g.within(off)
+	err = w.fillAndWrite(p[:n], off, at, unit, fresh)
+	if err == nil {
+		err = w.guardSince(news, at, n)
+	}
+	if err != nil {
 		return 0, obstacle{}, err
 	}
 	linked = true

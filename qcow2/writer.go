@@ -44,7 +44,7 @@ type writer struct {
 }
 
 // newWriter makes the writing half of d.
-func newWriter(d *disk, h *header, bitmaps []bitmap, opt *image.Options, hooks *hooks) (*writer, error) {
+func newWriter(d *disk, h *header, snapshots []snapshot, bitmaps []bitmap, opt *image.Options, hooks *hooks) (*writer, error) {
 	defects := &hooks.defects
 	g, info := d.geo, d.store.Info()
 	size, err := d.store.Size()
@@ -59,24 +59,25 @@ func newWriter(d *disk, h *header, bitmaps []bitmap, opt *image.Options, hooks *
 	if err != nil {
 		return nil, err
 	}
-	tables, err := newTableGuard(h, g, refs, d.mapping)
+	w := &writer{disk: d, header: h, bitmaps: bitmaps, defects: defects, busyLimit: d.mapping.cache.capacity() * 7 / 8}
+	tables, err := w.newTableGuard(refs, snapshots, size)
 	if err != nil {
 		return nil, err
 	}
+	w.tables, refs.tables = tables, tables
 	tail, fresh := g.clusters(size), int64(math.MaxInt64)
 	if info.FixedSize {
 		tail = 0 // what the device holds beyond the image is of no account
 	}
-	if tail, err = refs.lastUsed(tail); err != nil {
+	if tail, err = refs.lastUsed(max(tail, tables.end())); err != nil {
 		return nil, err
 	}
 	if info.NewReadsZero && !info.FixedSize {
 		fresh = tail
 	}
 	refs.scanEnd = tail
-	w := &writer{disk: d, tables: tables, header: h, bitmaps: bitmaps, defects: defects, busyLimit: d.mapping.cache.capacity() * 7 / 8}
 	w.alloc = newAllocator(tail, refs.covered(tail), fresh)
-	w.changes = newChanges(d.mapping, w.alloc, defects)
+	w.changes = newChanges(d.mapping, w.alloc, tables, defects)
 	w.commit = &committer{
 		tables: tables,
 		store:  d.store, g: g, changes: w.changes, alloc: w.alloc, refs: refs, epochs: d.epochs, defects: defects,
@@ -198,7 +199,10 @@ func (im *Image) change(op string, off, n int64, flags image.WriteFlags, do func
 		return err
 	}
 	defer r.leave()
-	err := r.firstChange()
+	err := r.commit.refuses()
+	if err == nil {
+		err = r.firstChange()
+	}
 	if err == nil {
 		r.record(off, n)
 		err = do(&r)
