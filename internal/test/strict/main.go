@@ -6,7 +6,8 @@
 // Tests see CI=1, so that a missing tool fails where it is missed. What may
 // skip nevertheless is listed in a file, a line each: a regular expression for
 // package and test, as in "export.TestVsock", then the reason. Without root, a
-// test that says it needs root may skip too.
+// test that says it needs root may skip too. A journal that is left behind fails
+// the run.
 package main
 
 import (
@@ -50,12 +51,18 @@ func run(skips string, args []string, w io.Writer) (ok bool, err error) {
 	if err != nil {
 		return false, err
 	}
+	before := journals()
 	if err := cmd.Start(); err != nil {
 		return false, err
 	}
 	r := newReport(w, allowed)
 	scanErr := r.read(out)
 	waitErr := cmd.Wait()
+	for file := range journals() {
+		if !before[file] {
+			r.failed = append(r.failed, file+" (left behind)")
+		}
+	}
 	ok = r.end()
 	// An exit status alone is a failed test, which has been reported.
 	var exit *exec.ExitError

@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/imgnbd/imgnbd/internal/journal"
 )
 
 func TestReport(t *testing.T) {
@@ -20,6 +22,10 @@ func TestReport(t *testing.T) {
 	write("go.mod", "module example\n\ngo 1.26.0\n")
 	skips := write("skips", "# comment\n\nexample.TestAllowed needs a moon\n")
 	t.Chdir(module)
+	dirs := journal.Dirs()
+	shm := dirs[len(dirs)-1]
+	left := filepath.Join(shm, "strict-test.journal")
+	t.Cleanup(func() { os.Remove(left) })
 
 	for _, c := range []struct {
 		name, body, want string
@@ -33,6 +39,7 @@ func TestReport(t *testing.T) {
 		{"panic", `func TestA(t *testing.T) { panic("because") }`, "panic: because", false},
 		{"exit", `func TestA(t *testing.T) { os.Exit(0) }`, "FAILED  example", false},
 		{"nothing", ``, " 0 tests", false},
+		{"a journal", `func TestA(t *testing.T) { os.Mkdir("` + shm + `", 0o700); os.WriteFile("` + left + `", []byte("opened as \"file://"+os.TempDir()+"/x\""), 0o600) }`, "left behind", false},
 		{"CI", `func TestA(t *testing.T) { if os.Getenv("CI") == "" { t.Error() } }`, "1 passed", true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
