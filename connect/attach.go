@@ -189,6 +189,9 @@ func (h *host) attach(ctx context.Context, opt Options) (_ *Attachment, err erro
 	if err := h.setRequestTimer(a.index, &opt); err != nil {
 		return nil, err
 	}
+	if err := h.setRotational(a.index, c.flags&uint64(nbd.FlagRotational) != 0); err != nil {
+		return nil, err
+	}
 	if err := h.awaitReady(ctx, a.index, c.size); err != nil {
 		return nil, err
 	}
@@ -358,7 +361,7 @@ func (h *host) awaitReady(ctx context.Context, index int, size uint64) error {
 	}
 	// To open the device reads it, which waits for its server.
 	scanned := make(chan error, 1)
-	go func() { scanned <- h.rescan(ctx, index) }()
+	go func() { scanned <- errors.Join(h.endReadOnly(index), h.rescan(ctx, index)) }()
 	select {
 	case err := <-scanned:
 		if err != nil {

@@ -54,6 +54,7 @@ func TestAttach(t *testing.T) {
 	k.partition(1, 7) // of what was attached before
 	k.table = []int{1, 2}
 	k.scanErrs = []error{syscall.EBUSY} // udev
+	k.write(name(1), "ro", "1")         // by somebody before
 	p := peer{size: 1<<20 + 4095, flags: writable | nbd.FlagRotational | nbd.FlagSendDF | nbd.FlagCanMultiConn | nbd.FlagSendCache, block: 4096}
 	a := attach(t, h, to("/dev/nbd1", p, p))
 	if a.Path() != "/dev/nbd1" {
@@ -74,6 +75,9 @@ func TestAttach(t *testing.T) {
 	}
 	if got := h.read(1, "nbd1", "queue/io_timeout"); got != "300000" {
 		t.Errorf("io_timeout %s", got)
+	}
+	if got := h.read(1, "nbd1", "queue/rotational"); got != "1" {
+		t.Errorf("rotational %s", got)
 	}
 	d := Device{Path: "/dev/nbd1", Size: 1 << 20, Image: "/disk", Connections: 2, PID: os.Getpid(), State: Live,
 		Partitions: []Partition{{"/dev/nbd1p1", 1 << 20, 51200}, {"/dev/nbd1p2", 1 << 20, 51200}}}
@@ -114,6 +118,9 @@ func TestAttachAny(t *testing.T) {
 	}
 	if got := h.read(1, "nbd1", "queue/io_timeout"); got != "1000" {
 		t.Errorf("io_timeout %s", got)
+	}
+	if got := h.read(1, "nbd1", "queue/rotational"); got != "0" {
+		t.Errorf("rotational %s", got)
 	}
 	_, err := h.attach(limited(t), to("/dev/nbd0", disk))
 	if err == nil || !strings.Contains(err.Error(), "/dev/nbd0 is in use: /disk") {

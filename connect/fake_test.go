@@ -238,6 +238,17 @@ func (b *fakeBlock) sync() error {
 	return nil
 }
 
+func (b *fakeBlock) endReadOnly() error {
+	b.k.mu.Lock()
+	defer b.k.mu.Unlock()
+	index, err := b.k.host.index(b.path)
+	if err != nil {
+		return err
+	}
+	b.k.write(name(index), "ro", "0")
+	return nil
+}
+
 func (b *fakeBlock) Close() error {
 	if b.exclusive {
 		b.k.note("release %s", b.path)

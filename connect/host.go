@@ -59,8 +59,9 @@ type kernel interface {
 
 // A block is an open block device.
 type block interface {
-	rescan() error // reads the partition table again
-	sync() error   // flushes the page cache of the device, and the device
+	rescan() error      // reads the partition table again
+	sync() error        // flushes the page cache of the device, and the device
+	endReadOnly() error // as far as a user has made it so
 	Close() error
 }
 

@@ -285,6 +285,10 @@ func (linux) readBlock(path string, n int) error {
 	return err
 }
 
+func (f blockFile) endReadOnly() error {
+	return unix.IoctlSetPointerInt(int(f.Fd()), unix.BLKROSET, 0)
+}
+
 func (linux) number(path string) (string, error) {
 	var st unix.Stat_t
 	if err := unix.Stat(path, &st); err != nil {

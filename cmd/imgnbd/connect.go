@@ -126,6 +126,7 @@ func (s *service) runConnected() (err error) {
 		return err
 	}
 	e.MultiConn = s.opt.connect.connections > 1
+	e.Rotational = s.device.Info().Rotational
 	s.visitors = newVisitors()
 	s.server = s.opt.newServer(s.u, e, s.visitors)
 	s.server.Authorize = nil // the only client is ourselves

@@ -75,7 +75,8 @@ chain qcow2 disk.qcow2
 }
 
 // The partitions of the image are there at once, and those of another image
-// never, however the module was loaded.
+// never, however the module was loaded. Nor does anything else stay of what was
+// there before.
 func TestPartitions(t *testing.T) {
 	for _, kernel := range []string{"6.1", "6.12"} {
 		t.Run(kernel, func(t *testing.T) {
@@ -107,6 +108,18 @@ for max in default 0 8 16; do
     esac || fail "max_part is $have, not $max"
     rmmod nbd
 done
+
+imgnbd -c /dev/nbd0 -f raw none.raw
+blockdev --setro /dev/nbd0
+echo 1 >/sys/block/nbd0/queue/rotational
+imgnbd -d /dev/nbd0
+imgnbd -c /dev/nbd0 -f raw none.raw
+[ "$(blockdev --getro /dev/nbd0)" = 0 ] || fail 'it is still read-only'
+[ "$(cat /sys/block/nbd0/queue/rotational)" = 0 ] || fail 'it still turns'
+imgnbd -d /dev/nbd0
+imgnbd -r -c /dev/nbd0 -f raw none.raw
+[ "$(blockdev --getro /dev/nbd0)" = 1 ] || fail 'it can be written to'
+imgnbd -d /dev/nbd0
 `}, "sfdisk")
 		})
 	}
