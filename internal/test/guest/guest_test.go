@@ -18,6 +18,9 @@ import (
 // imgnbd is the program as it is released, built once for all tests.
 var imgnbd string
 
+// full has the tests run the whole of what they can.
+var full = os.Getenv("IMGNBD_GUESTS") == "full"
+
 func TestMain(m *testing.M) { os.Exit(buildAndRun(m)) }
 
 func buildAndRun(m *testing.M) int {

@@ -4,6 +4,7 @@ package guest
 
 import (
 	"testing"
+	"time"
 
 	"github.com/imgnbd/imgnbd/internal/test/vm"
 )
@@ -131,6 +132,127 @@ imgnbd -c /dev/nbd0 -f qcow2 top.qcow2
 imgnbd -d /dev/nbd0
 free /dev/nbd0
 `}, "mkfs.ext4", "e2fsck")
+		})
+	}
+}
+
+// Killed again and again under heavy writing, and taken over each time: no
+// program sees an error, and every file is whole, on the device and in the
+// image.
+func TestTakeover(t *testing.T) {
+	const script = `
+truncate -s 300M disk.raw
+imgnbd create -q -f qcow2 disk.qcow2 300M
+truncate -s 300M lowest.raw
+imgnbd create -q -f qcow2 -b lowest.raw -F raw base.qcow2
+imgnbd create -q -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2
+head -c 2M /dev/urandom >pool
+mkdir m
+
+# write N: file after file, each with its checksum once it is durable.
+write() {
+    local i
+    for ((i = 0; i < 100; i++)); do
+        [ ! -e stop ] || return 0
+        dd if=pool of=data.$1 bs=4k skip=$((RANDOM % 256)) count=$((RANDOM % 200 + 1)) status=none
+        echo "$1 $i" >>data.$1
+        dd if=data.$1 of=m/file.$1.$i bs=64k conv=fsync status=none || { echo "write $1" >>failed; return; }
+        echo "$(md5sum <data.$1 | cut -d' ' -f1)  file.$1.$i" >>sums.$1
+    done
+}
+verify_files() {
+    echo 3 >/proc/sys/vm/drop_caches
+    (cd m && cat ../sums.* | md5sum --quiet -c) || fail 'files'
+}
+# survive FORMAT IMAGE KILLS
+survive() {
+    local pid i writers=() dev=/dev/nbd0
+    rm -f sums.* failed stop fio.runs
+    imgnbd -c $dev -f $1 --discard=unmap $2
+    mkfs.ext4 -q $dev
+    mount $dev m
+    fill m
+    for i in 1 2; do
+        write $i &
+        writers+=($!)
+    done
+    # Many requests at once, past the page cache, read back and verified.
+    head -c 16M /dev/zero >m/fio
+    while [ ! -e stop ]; do
+        fio --name=w --filename=m/fio --size=16M --rw=randwrite --bsrange=4k-64k --ioengine=libaio --iodepth=32 --direct=1 \
+            --verify=crc32c --verify_fatal=1 --randseed=$RANDOM >fio.log 2>&1 || { cp fio.log failed; break; }
+        echo >>fio.runs
+    done &
+    writers+=($!)
+    for ((i = 0; i < $3; i++)); do
+        sleep 0.$((RANDOM % 7 + 2))
+        pid=$(server $dev)
+        kill -KILL $pid
+        eventually gone $pid
+        imgnbd -c $dev -f $1 --discard=unmap $2
+    done
+    touch stop
+    wait "${writers[@]}"
+    [ ! -e failed ] || fail "$(cat failed)"
+    [ -s sums.1 ] && [ -s sums.2 ] && [ -s fio.runs ] || fail "nothing was written"
+    echo "$1 $2: $(cat sums.* | wc -l) files, $(wc -l <fio.runs) runs of fio, $3 kills"
+    sync -f m
+    verify_files
+    verify m
+    umount m
+    e2fsck -fn $dev >/dev/null || fail "e2fsck on the device: $?"
+    imgnbd -d $dev
+    free $dev
+    imgnbd check -q -f $1 $2 || [ $1 = raw ]
+    [ $1 = raw ] || qemu-img check -q -f $1 $2
+    imgnbd -c $dev -r -f $1 $2
+    e2fsck -fn $dev >/dev/null || fail "e2fsck on the image: $?"
+    mount -o ro $dev m
+    verify_files
+    verify m
+    umount m
+    imgnbd -d $dev
+    if dmesg | grep -E 'I/O error|EXT4-fs error'; then fail 'the kernel saw errors'; fi
+}
+modprobe nbd
+`
+	all := "survive raw disk.raw 10\nsurvive qcow2 disk.qcow2 10\nsurvive qcow2 overlay.qcow2 10\n"
+	for _, test := range []struct{ kernel, short string }{
+		{"6.12", "survive raw disk.raw 3\nsurvive qcow2 overlay.qcow2 10\n"},
+		{"6.1", "survive qcow2 disk.qcow2 5\n"},
+	} {
+		t.Run(test.kernel, func(t *testing.T) {
+			what := test.short
+			if full {
+				what = all
+			}
+			t.Log(run(t, vm.Options{Kernel: test.kernel, Memory: 1536, Limit: 10 * time.Minute, Script: script + what},
+				"mkfs.ext4", "e2fsck", "fio", "qemu-img"))
+		})
+	}
+}
+
+// Who waits too long for a server gets an error and goes on with it.
+func TestDeadTimeout(t *testing.T) {
+	for _, kernel := range []string{"6.1", "6.12"} {
+		t.Run(kernel, func(t *testing.T) {
+			run(t, vm.Options{Kernel: kernel, Script: `
+truncate -s 64M disk.raw
+imgnbd -c /dev/nbd0 -f raw --dead-timeout=3 disk.raw
+pid=$(server /dev/nbd0)
+kill -KILL $pid
+eventually gone $pid
+began=$(date +%s)
+if dd if=/dev/zero of=/dev/nbd0 bs=4k count=1 oflag=direct 2>err; then fail 'a write that nobody took'; fi
+grep -q 'Input/output error' err
+waited=$(($(date +%s) - began))
+[ $waited -ge 2 ] || fail "an error after $waited s, not 3"
+# It is not too late for a server. The error was told.
+imgnbd -c /dev/nbd0 -f raw disk.raw
+dd if=/dev/zero of=/dev/nbd0 bs=4k count=1 oflag=direct status=none
+imgnbd -d /dev/nbd0
+free /dev/nbd0
+`})
 		})
 	}
 }
