@@ -75,6 +75,7 @@ type Server struct {
 	clients   map[*Export]int // that transmit
 	devices   map[image.Device]*device
 	flushErr  error // of the flush that ends a session in Shutdown
+	handed    []Handed
 
 	memory budget
 	bufs   bufferPool

@@ -27,7 +27,10 @@ type session struct {
 	cancel  context.CancelFunc
 
 	stopping atomic.Bool // by Shutdown
+	handing  atomic.Bool // by HandOver
 	late     atomic.Bool // the handshake took too long
+
+	resumed *agreement // made elsewhere; nil: the handshake is here
 
 	*agreement // nil until the handshake has ended
 	dev        *device
@@ -58,15 +61,26 @@ func (s *session) cut() {
 // run serves the connection to its end.
 func (s *session) run() error {
 	s.state(StateNew)
-	err := s.serve()
-	s.cut()
+	return s.ended(s.serve())
+}
+
+// ended ends the session after serve.
+func (s *session) ended(err error) error {
+	handed := errors.Is(err, errHanded)
+	if handed {
+		s.cancel() // the connection goes on
+	} else {
+		s.cut()
+	}
 	switch {
+	case handed:
+		err = ErrServerClosed
 	case s.late.Load():
 		err = fmt.Errorf("handshake took longer than %v", s.srv.Limits.Handshake)
 	case s.stopping.Load() && errors.Is(err, os.ErrDeadlineExceeded):
 		err = ErrServerClosed
 	}
-	if err != nil {
+	if err != nil && !handed {
 		s.srv.Log.Info("connection ended", "client", s.client.Addr, "err", err)
 	}
 	s.state(StateClosed)
@@ -86,7 +100,10 @@ func (s *session) serve() error {
 		_ = c.SetNoDelay(true)
 		_ = c.SetKeepAlive(true)
 	}
-	agreed, err := s.handshake()
+	agreed, err := s.resumed, error(nil)
+	if agreed == nil {
+		agreed, err = s.handshake()
+	}
 	if agreed == nil {
 		return err
 	}

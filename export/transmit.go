@@ -3,6 +3,7 @@ package export
 import (
 	"errors"
 	"io"
+	"os"
 	"time"
 
 	"github.com/imgnbd/imgnbd/image"
@@ -34,6 +35,7 @@ const (
 type line struct {
 	in     []byte // in[r:w] has arrived and was not served
 	r, w   int
+	early  []byte // had arrived before this session began
 	out    []byte // replies that were not sent
 	expect int    // the payload of the last large write, in bytes; another may follow
 
@@ -63,6 +65,7 @@ func (s *session) transmit(t transport) (err error) {
 	}
 	defer unmapMemory(out)
 	s.line.in, s.line.out = in, out[:0]
+	s.line.w = copy(in, s.line.early)
 	s.line.ahead = make(chan struct{}, lineAhead)
 	s.out.init(t, func(error) { s.cut() }, s.endTask)
 
@@ -71,11 +74,17 @@ func (s *session) transmit(t transport) (err error) {
 	if waitErr := s.out.wait(); sendErr == nil {
 		sendErr = waitErr
 	}
-	if s.stopping.Load() && s.dev.dirty.Load() {
+	if (s.stopping.Load() || errors.Is(err, errHanded)) && s.dev.dirty.Load() {
 		if flushErr := s.dev.sync(); flushErr != nil {
 			s.srv.flushFailed(flushErr)
 			return flushErr
 		}
+	}
+	if errors.Is(err, errHanded) {
+		if sendErr != nil {
+			return sendErr
+		}
+		return s.leaveOpen()
 	}
 	if errors.Is(err, errLeft) || errors.Is(err, io.EOF) {
 		err = nil
@@ -94,7 +103,14 @@ func (s *session) serveRequests() error {
 		if err := s.sendOut(); err != nil {
 			return err
 		}
-		if err := s.fill(); err != nil {
+		err := s.boundary()
+		if err == nil {
+			err = s.fill()
+		}
+		if errors.Is(err, os.ErrDeadlineExceeded) && s.mayHandOver() {
+			err = errHanded
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -251,17 +267,19 @@ func (s *session) refuse(r *request, f *refusal, payload uint64) error {
 	}
 	l := &s.line
 	for {
-		n := min(uint64(l.w-l.r), payload)
-		l.r += int(n)
-		if payload -= n; payload == 0 {
+		skip := min(uint64(l.w-l.r), payload)
+		l.r += int(skip)
+		if payload -= skip; payload == 0 {
 			return nil
 		}
 		if err := s.sendOut(); err != nil {
 			return err
 		}
-		if err := s.fill(); err != nil {
+		n, err := s.receive(l.in[:lineInput], nil)
+		if err != nil {
 			return err
 		}
+		l.r, l.w = 0, n
 	}
 }
 
@@ -370,7 +388,7 @@ func (s *session) finishWrite(t *task, have int) error {
 			s.endTask(t)
 			return err
 		}
-		n, err := s.out.t.read(p[have:], l.in[:lineInput])
+		n, err := s.receive(p[have:], l.in[:lineInput])
 		if err != nil {
 			s.endTask(t)
 			return err
