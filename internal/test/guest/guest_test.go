@@ -21,6 +21,14 @@ var imgnbd string
 // full has the tests run the whole of what they can.
 var full = os.Getenv("IMGNBD_GUESTS") == "full"
 
+// kernels returns the one that is enough in short, or all.
+func kernels(one string) []string {
+	if full {
+		return []string{"6.1", "6.12"}
+	}
+	return []string{one}
+}
+
 func TestMain(m *testing.M) { os.Exit(buildAndRun(m)) }
 
 func buildAndRun(m *testing.M) int {
