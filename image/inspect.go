@@ -12,7 +12,7 @@ import (
 // nothing that would have to be opened.
 type Inspection struct {
 	Format        string
-	VirtualSize   int64 // bytes
+	VirtualSize   int64 // bytes; -1 if unknown
 	ClusterSize   int64 // bytes; 0 if the format has none
 	Encrypted     bool
 	Dirty         bool

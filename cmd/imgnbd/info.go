@@ -65,7 +65,7 @@ func infoCommand() *command {
 type infoJSON struct {
 	BackingFormat string         `json:"backing-filename-format,omitempty"`
 	Snapshots     []snapshotJSON `json:"snapshots,omitempty"`
-	VirtualSize   int64          `json:"virtual-size"`
+	VirtualSize   *int64         `json:"virtual-size,omitempty"`
 	Filename      string         `json:"filename"`
 	ClusterSize   int64          `json:"cluster-size,omitempty"`
 	Format        string         `json:"format"`
@@ -96,7 +96,6 @@ type specificJSON struct {
 func newInfoJSON(in *image.Inspected) *infoJSON {
 	j := &infoJSON{
 		BackingFormat: in.BackingFormat,
-		VirtualSize:   in.VirtualSize,
 		Filename:      in.Name,
 		ClusterSize:   in.ClusterSize,
 		Format:        in.Format,
@@ -104,6 +103,9 @@ func newInfoJSON(in *image.Inspected) *infoJSON {
 		Encrypted:     in.Encrypted,
 		Backing:       in.BackingName,
 		Dirty:         in.Dirty,
+	}
+	if in.VirtualSize >= 0 {
+		j.VirtualSize = &in.VirtualSize
 	}
 	if in.DiskSize >= 0 {
 		j.ActualSize = &in.DiskSize
@@ -161,8 +163,11 @@ func writeInfo(b *strings.Builder, in *image.Inspected) error {
 	if in.DiskSize >= 0 {
 		diskSize = sizeText(in.DiskSize)
 	}
-	fmt.Fprintf(b, "image: %s\nfile format: %s\nvirtual size: %s (%d bytes)\ndisk size: %s\n",
-		in.Name, in.Format, sizeText(in.VirtualSize), in.VirtualSize, diskSize)
+	virtualSize := "unknown"
+	if in.VirtualSize >= 0 {
+		virtualSize = fmt.Sprintf("%s (%d bytes)", sizeText(in.VirtualSize), in.VirtualSize)
+	}
+	fmt.Fprintf(b, "image: %s\nfile format: %s\nvirtual size: %s\ndisk size: %s\n", in.Name, in.Format, virtualSize, diskSize)
 	if in.Encrypted {
 		b.WriteString("encrypted: yes\n")
 	}

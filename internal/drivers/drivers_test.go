@@ -63,6 +63,16 @@ func TestForeign(t *testing.T) {
 				t.Errorf("%s %s, format %q: %v", tt.format, tt.options, format, err)
 			}
 		}
+		// What it is can be told all the same, and for some of them the size.
+		size := int64(-1)
+		switch tt.format {
+		case "vdi", "qed", "qcow":
+			size = 10 << 20
+		}
+		in, err := chain().Inspect(t.Context(), path, image.OpenOptions{})
+		if err != nil || in.Format != tt.format || in.VirtualSize != size || in.DiskSize < 0 || !errors.Is(in.Problem, errors.ErrUnsupported) {
+			t.Errorf("%s %s is inspected as %+v, %v", tt.format, tt.options, in, err)
+		}
 		// As raw it is what its bytes are.
 		d, err := chain().Open(t.Context(), path, image.OpenOptions{Format: "raw", ReadOnly: true})
 		if err != nil {

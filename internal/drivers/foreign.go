@@ -3,6 +3,7 @@ package drivers
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -27,21 +28,23 @@ func foreign() []image.Format {
 		other("vmdk", "a VMDK image (VMware)", func(r io.ReaderAt) bool { return recognised(vmdk.Open, r) || vmdkDescriptor(r) }),
 		other("vhdx", "a VHDX image (Hyper-V)", func(r io.ReaderAt) bool { return recognised(vhdx.Open, r) }),
 		other("vpc", "a VHD image (Virtual PC)", func(r io.ReaderAt) bool { return recognised(vpc.Open, r) }),
-		other("vdi", "a VDI image (VirtualBox)", func(r io.ReaderAt) bool { return recognised(vdi.Open, r) }),
+		other("vdi", "a VDI image (VirtualBox)", func(r io.ReaderAt) bool { return recognised(vdi.Open, r) }, sizeAt(368, binary.LittleEndian)),
 		other("parallels", "a Parallels image", func(r io.ReaderAt) bool { return recognised(parallels.Open, r) }),
-		other("qed", "a QED image", magic("QED\x00")),
-		other("qcow", "a qcow image of version 1", magic("QFI\xfb\x00\x00\x00\x01")),
+		other("qed", "a QED image", magic("QED\x00"), sizeAt(48, binary.LittleEndian)),
+		other("qcow", "a qcow image of version 1", magic("QFI\xfb\x00\x00\x00\x01"), sizeAt(24, binary.BigEndian)),
 		other("luks", "a LUKS container", magic("LUKS\xba\xbe\x00\x01")),
 		other("bochs", "a Bochs image", magic("Bochs Virtual HD Image\x00")),
 		other("cloop", "a cloop image", magic("#!/bin/sh\n#V2.0 Format\nmodprobe cloop file=$0 && mount -r -t iso9660 /dev/cloop $1\n")),
 	}
 }
 
-// other is the row of a format that is known by name only.
-func other(name, what string, probe func(io.ReaderAt) bool) image.Format {
+// other is the row of a format that is known by name only, and perhaps by where
+// it keeps the size of the disk.
+func other(name, what string, probe func(io.ReaderAt) bool, sizes ...func(io.ReaderAt) int64) image.Format {
+	refusal := fmt.Errorf("it is %s, a format that cannot be read here: %w", what, errors.ErrUnsupported)
 	refuse := func(file string) error {
 		return &image.Hint{
-			Err: fmt.Errorf("it is %s, a format that cannot be read here: %w", what, errors.ErrUnsupported),
+			Err: refusal,
 			Advice: fmt.Sprintf("convert it with: qemu-img convert -f %s -O qcow2 %s NEW.qcow2; or serve its bytes as they are with -f raw",
 				name, file),
 		}
@@ -52,9 +55,27 @@ func other(name, what string, probe func(io.ReaderAt) bool) image.Format {
 		Open: func(_ context.Context, _ storage.Store, opt image.Options) (image.Device, error) {
 			return nil, refuse(opt.Name)
 		},
-		Inspect: func(context.Context, storage.Store) (*image.Inspection, error) {
-			return nil, refuse("FILE")
+		Inspect: func(_ context.Context, s storage.Store) (*image.Inspection, error) {
+			if !probe(s) {
+				return nil, image.ErrWrongFormat
+			}
+			in := &image.Inspection{Format: name, VirtualSize: -1, Problem: refusal}
+			for _, size := range sizes {
+				in.VirtualSize = size(s)
+			}
+			return in, nil
 		},
+	}
+}
+
+// sizeAt returns what reads the size of the disk in bytes, -1 if it cannot be.
+func sizeAt(off int64, order binary.ByteOrder) func(io.ReaderAt) int64 {
+	return func(r io.ReaderAt) int64 {
+		var b [8]byte
+		if n, _ := r.ReadAt(b[:], off); n < len(b) {
+			return -1
+		}
+		return max(int64(order.Uint64(b[:])), -1)
 	}
 }
 
