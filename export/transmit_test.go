@@ -458,6 +458,27 @@ func TestLostClients(t *testing.T) {
 	}
 }
 
+// TestPayloadIsNoRequest: what is written may look like a request. After a
+// large write another of that length is expected, whose payload is not taken
+// for one when the first is refused.
+func TestPayloadIsNoRequest(t *testing.T) {
+	each(t, func(t *testing.T, network string, style style) {
+		const size, large = 1 << 20, 256 << 10
+		s := serve(t, map[string]*Export{"": {Device: memDisk(t, size)}}, nil)
+		p := s.connect(network, "", style)
+		forged := append(p.header(nbd.CmdWrite, 0, 666, 0, large), bytes.Repeat([]byte("!"), large)...)[:large]
+		go func() { // a pipe holds nothing
+			p.conn.Write(append(p.header(nbd.CmdWrite, 0, 1, 0, large), pattern(0, large/2)...))
+			p.conn.Write(append(pattern(large/2, large/2), p.header(nbd.CmdWrite, 0, 2, size, large)...))
+		}()
+		for range 2 { // so that nothing of the payload has arrived with its header
+			p.answer(0, 0)
+		}
+		p.write(forged)
+		same(t, "data", p.ok(nbd.CmdRead, 0, 0, large, nil), pattern(0, large))
+	})
+}
+
 // FuzzRequest feeds bytes to the line: it never panics, and answers are well
 // formed.
 func FuzzRequest(f *testing.F) {
