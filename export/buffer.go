@@ -13,7 +13,7 @@ const (
 	minClass = 12 // 4 KiB
 	maxClass = 25 // 32 MiB: nbd.MaxPayload
 
-	keepFree = 64 << 20 // bytes that a pool keeps for the next request
+	keepFree = 64 << 20 // bytes that a pool keeps for the next request at most
 )
 
 // A buffer is page-aligned memory outside the collector's reach, so that
@@ -34,6 +34,7 @@ type bufferPool struct {
 	mu     sync.Mutex
 	free   [maxClass + 1][]*buffer
 	kept   int64
+	keep   int64 // at most so many bytes
 	closed bool
 	out    int // buffers that were taken and not returned
 }
@@ -69,7 +70,7 @@ func (p *bufferPool) get(n int) (*buffer, error) {
 func (p *bufferPool) put(b *buffer) {
 	p.mu.Lock()
 	p.out--
-	keep := !p.closed && p.kept+int64(len(b.mem)) <= keepFree
+	keep := !p.closed && p.kept+int64(len(b.mem)) <= p.keep
 	if keep {
 		p.free[b.class] = append(p.free[b.class], b)
 		p.kept += int64(len(b.mem))

@@ -33,6 +33,9 @@ const (
 // connection: nothing sensible is so long, and skipping it costs us time.
 const maxOption = 128 << 10
 
+// maxOptions bounds how many options one connection may send.
+const maxOptions = 1 << 10
+
 // An option is a client's wish, with its data.
 type option struct {
 	id   nbd.Option

@@ -196,6 +196,9 @@ func (s *session) forwardRun(r *request, run run, flags uint16) error {
 	t, err := s.newTask(r, n, 0)
 	if err != nil {
 		<-s.line.ahead
+		if err == errScarce {
+			err = image.ErrWouldBlock
+		}
 		return err
 	}
 	t.ahead = true
@@ -210,9 +213,14 @@ func (s *session) forwardRun(r *request, run run, flags uint16) error {
 	return nil
 }
 
-// leave has a worker read [off, off+n), the rest of what r asks for.
+// leave has a worker read [off, off+n), the rest of what r asks for, or does it
+// itself if there is no memory to do so at once.
 func (s *session) leave(r *request, off, n int64) error {
 	t, err := s.newTask(r, int(n), 0)
+	if err == errScarce {
+		_, err = s.streamRun(r, run{off: off, n: n}, nbd.ReplyFlagDone)
+		return err
+	}
 	if err != nil {
 		return err
 	}
@@ -278,13 +286,20 @@ func (s *session) sendRun(r *request, run run, flags uint16) (sent, ended bool, 
 	if file == nil || !resident(file, at, length, s.structured) || !s.structured && length < run.n {
 		return false, false, nil
 	}
+	ended, err = s.streamRun(r, run, flags)
+	return err == nil, ended, err
+}
+
+// streamRun answers a run piece by piece. It reports whether that was the end
+// of the whole reply, since something went wrong half way.
+func (s *session) streamRun(r *request, run run, flags uint16) (ended bool, err error) {
 	l := &s.line
 	if err := s.room(maxReplyHead); err != nil {
-		return false, false, err
+		return false, err
 	}
 	l.out = s.appendDataHead(l.out, r, 0, run.off, int(run.n))
 	if err := s.out.acquire(); err != nil {
-		return false, false, err
+		return false, err
 	}
 	err = s.out.write(l.out)
 	l.out = l.out[:0]
@@ -293,19 +308,20 @@ func (s *session) sendRun(r *request, run run, flags uint16) (sent, ended bool, 
 		failure, err = s.sendRange(run.off, run.n)
 	}
 	if err = s.out.release(err); err != nil {
-		return false, false, err
+		return false, err
 	}
 	switch {
 	case failure != nil && !s.structured:
-		return false, true, fmt.Errorf("read failed after its reply began: %w", failure)
+		s.complain(r, failure)
+		return true, fmt.Errorf("read failed after its reply began: %w", failure)
 	case failure != nil:
 		f := s.failed(r, failure)
 		l.out = s.appendErrorAt(l.out, r, f, run.off)
-		return true, true, nil
+		return true, nil
 	case s.structured && flags&nbd.ReplyFlagDone != 0:
 		l.out = s.appendDone(l.out, r)
 	}
-	return true, false, nil
+	return false, nil
 }
 
 // locateNow finds where bytes lie at this moment.

@@ -19,6 +19,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -79,12 +80,14 @@ type Server struct {
 
 	memory budget
 	bufs   bufferPool
+
+	reachedCounts [limits]atomic.Int64
 }
 
 // Limits bound what clients can make the server hold. A zero field is its
-// default. Beyond its Memory the server needs about 2.5 MiB for each
-// connection that moves data, and one request more for each, so that no
-// client can make another wait for ever.
+// default. Beyond its Memory the server needs about 2.6 MiB for each connection
+// that moves data. When Memory is used up, those that hold nothing are served
+// with that: slower, but they never wait for others.
 type Limits struct {
 	Handshake time.Duration // from connecting to the agreement; 10 s; negative: none
 	Requests  int           // in progress per connection; 128
@@ -121,6 +124,7 @@ func (s *Server) init() {
 		s.clients = make(map[*Export]int)
 		s.devices = make(map[image.Device]*device)
 		s.memory.init(s.Limits.Memory)
+		s.bufs.keep = min(keepFree, s.Limits.Memory/8)
 	})
 }
 
@@ -158,7 +162,8 @@ func (s *Server) Serve(l net.Listener) error {
 				return err
 			}
 			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
-			s.Log.Warn("cannot accept a connection", "err", err, "retry", pause)
+			s.reached(limitDescriptors, "err", err)
+			s.Log.Debug("cannot accept a connection", "err", err, "retry", pause)
 			time.Sleep(pause)
 			continue
 		}
@@ -248,7 +253,11 @@ func (s *Server) waitForRoom() bool {
 }
 
 func (s *Server) waitForRoomLocked() bool {
-	for !s.closing && s.MaxClients > 0 && len(s.sessions) >= s.MaxClients {
+	full := func() bool { return !s.closing && s.MaxClients > 0 && len(s.sessions) >= s.MaxClients }
+	if s.MaxClients > 1 && full() { // of one, every client would count
+		s.reached(limitClients, "clients", s.MaxClients)
+	}
+	for full() {
 		s.changed.Wait()
 	}
 	return !s.closing

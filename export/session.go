@@ -76,6 +76,7 @@ func (s *session) ended(err error) error {
 	case handed:
 		err = ErrServerClosed
 	case s.late.Load():
+		s.srv.reached(limitHandshake, "client", s.client.Addr)
 		err = fmt.Errorf("handshake took longer than %v", s.srv.Limits.Handshake)
 	case s.stopping.Load() && errors.Is(err, os.ErrDeadlineExceeded):
 		err = ErrServerClosed
@@ -157,8 +158,8 @@ func (s *session) handshake() (*agreement, error) {
 		return nil, err
 	}
 	defer func() { n.close() }()
-	for {
-		o, err := readOption(s.channel)
+	for range maxOptions {
+		o, err := s.readOption()
 		if err == io.EOF {
 			return nil, nil
 		}
@@ -166,6 +167,7 @@ func (s *session) handshake() (*agreement, error) {
 			return nil, err
 		}
 		answer, next := n.handle(o)
+		s.forgetOption(o)
 		_, err = s.channel.Write(answer)
 		if next == transmit {
 			if err != nil {
@@ -188,11 +190,18 @@ func (s *session) handshake() (*agreement, error) {
 			return nil, err
 		}
 	}
+	s.srv.reached(limitOption, "client", s.client.Addr)
+	return nil, fmt.Errorf("client has asked for %d options and agreed on nothing", maxOptions)
 }
 
+// freeOption is how long an option may be without being counted as memory of
+// the server's, in bytes. None of a well-meaning client is longer.
+const freeOption = 8 << 10
+
 // readOption reads one option and not a byte more.
-func readOption(r io.Reader) (option, error) {
+func (s *session) readOption() (option, error) {
 	var head [16]byte
+	r := s.channel
 	if _, err := io.ReadFull(r, head[:]); err != nil {
 		return option{}, err
 	}
@@ -202,13 +211,26 @@ func readOption(r io.Reader) (option, error) {
 	o := option{id: nbd.Option(binary.BigEndian.Uint32(head[8:]))}
 	size := binary.BigEndian.Uint32(head[12:])
 	if size > maxOption {
+		s.srv.reached(limitOption, "client", s.client.Addr, "bytes", size)
 		return option{}, fmt.Errorf("option %v has %d bytes, the limit is %d", o.id, size, maxOption)
+	}
+	if size > freeOption && !s.srv.memory.tryHold(int64(size)) {
+		s.srv.reached(limitOption, "client", s.client.Addr, "bytes", size)
+		return option{}, fmt.Errorf("option %v has %d bytes, for which there is no memory", o.id, size)
 	}
 	o.data = make([]byte, size)
 	if _, err := io.ReadFull(r, o.data); err != nil {
+		s.forgetOption(o)
 		return option{}, fmt.Errorf("option %v ends early: %w", o.id, err)
 	}
 	return o, nil
+}
+
+// forgetOption gives back what readOption has taken.
+func (s *session) forgetOption(o option) {
+	if n := len(o.data); n > freeOption {
+		s.srv.memory.give(int64(n))
+	}
 }
 
 // The session is the exporter of its negotiation.

@@ -69,19 +69,16 @@ const (
 	// maxStatus bounds the runs of one context in one reply. It may end
 	// early; the client asks again.
 	maxStatus = 16 << 10
+	// scarceStatus is the same when memory is used up.
+	scarceStatus = 16
 	// maxStatusCalls bounds the questions that one request puts to a context.
 	// Contexts coalesce badly, and may answer one small run at a time.
 	maxStatusCalls = 16 << 10
 )
 
 // appendRuns appends the description of [off, off+n) in c, runs of the same
-// flags joined. It stops after one run if one is set, or when there are
-// too many; there is always at least one.
-func (c metaContext) appendRuns(dst []Status, off, n int64, one bool) ([]Status, error) {
-	limit := maxStatus
-	if one {
-		limit = 1
-	}
+// flags joined, so many at most; there is always at least one.
+func (c metaContext) appendRuns(dst []Status, off, n int64, limit int) ([]Status, error) {
 	first := len(dst)
 	var answer []Status
 	for range maxStatusCalls {

@@ -20,6 +20,7 @@ type task struct {
 	off, n  int64         // what is left to do, in bytes of the export
 	buf     *buffer       // of a write's payload or a read's data; may be nil
 	want    []metaContext // of a BLOCK_STATUS
+	runs    int           // of each of them at most
 	charge  int64         // bytes that its budgets count
 	ahead   bool          // has a place in line.ahead
 
@@ -44,7 +45,8 @@ func (t *task) smallSize() int {
 
 // newTask counts a request that needs a buffer of n bytes, none if n is 0, and
 // may hold so many bytes besides. It waits as long as the limits say so, and
-// fails when the connection ends.
+// fails when the connection ends. With errScarce the connection holds nothing,
+// and there is no memory: the request has to be served without.
 func (s *session) newTask(r *request, n int, hold int64) (*task, error) {
 	charge := taskOverhead + hold
 	if n > 0 {
@@ -63,7 +65,11 @@ func (s *session) newTask(r *request, n int, hold int64) (*task, error) {
 			s.out.end(charge, nil)
 			return nil, err
 		}
-		s.srv.memory.take(charge, &s.out.inProgress)
+		if !s.srv.memory.take(charge, &s.out.inProgress) {
+			s.out.end(charge, nil)
+			s.srv.reached(limitMemory, "client", s.client.Addr)
+			return nil, errScarce
+		}
 	}
 	t := tasks.Get().(*task)
 	t.session, t.req, t.off, t.n, t.charge = s, *r, r.off(), r.n(), charge
@@ -77,7 +83,10 @@ func (s *session) newTask(r *request, n int, hold int64) (*task, error) {
 	return t, nil
 }
 
-var errEnded = errors.New("connection ended")
+var (
+	errEnded  = errors.New("connection ended")
+	errScarce = errors.New("no memory for the request")
+)
 
 // endTask gives back what t holds.
 func (s *session) endTask(t *task) {
@@ -224,12 +233,11 @@ const cachePiece = 1 << 20
 
 // blockStatus describes the range in each context, one chunk each.
 func (s *session) blockStatus(t *task) error {
-	one := t.req.has(nbd.CmdFlagReqOne)
 	var runs []Status
 	out := t.heads[:0]
 	for i, c := range t.want {
 		var err error
-		runs, err = c.appendRuns(runs[:0], s.export.Offset+t.off, t.n, one)
+		runs, err = c.appendRuns(runs[:0], s.export.Offset+t.off, t.n, t.runs)
 		if err != nil {
 			return err
 		}

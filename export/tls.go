@@ -99,6 +99,7 @@ func (s *session) authorize() error {
 		return nil
 	}
 	if err := s.srv.Authorize(s.ctx, s.client); err != nil {
+		s.srv.reached(limitRefused, "client", s.client.Addr, "err", err)
 		return fmt.Errorf("client refused: %w", err)
 	}
 	return nil

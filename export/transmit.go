@@ -158,6 +158,9 @@ func (s *session) fillExpecting() error {
 		return s.fill()
 	}
 	t, err := s.newTask(&request{}, n, 0)
+	if err == errScarce {
+		return s.fill()
+	}
 	if err != nil {
 		return err
 	}
@@ -263,6 +266,7 @@ func (s *session) refuse(r *request, f *refusal, payload uint64) error {
 		return err
 	}
 	if payload > maxSkip {
+		s.srv.reached(limitPayload, "client", s.client.Addr, "bytes", payload)
 		return errors.New("payload is too long to be skipped")
 	}
 	l := &s.line
@@ -317,6 +321,9 @@ func (s *session) do(r *request, payload []byte) error {
 		n = int(min(r.n(), cachePiece))
 	}
 	t, err := s.newTask(r, n, 0)
+	if err == errScarce && r.cmd == nbd.CmdCache {
+		return s.done(r) // it is advice
+	}
 	if err != nil {
 		return err
 	}
@@ -332,11 +339,23 @@ func (s *session) askStatus(r *request, payload []byte) error {
 			return s.reject(r, refused)
 		}
 	}
-	t, err := s.newTask(r, 0, int64(len(want))*maxStatus*16)
+	runs := maxStatus
+	if r.has(nbd.CmdFlagReqOne) {
+		runs = 1
+	}
+	hold := func() int64 { return int64(len(want)) * int64(runs) * 16 }
+	t, err := s.newTask(r, 0, hold())
+	if err == errScarce {
+		runs = min(runs, scarceStatus)
+		t, err = s.newTask(r, 0, hold())
+	}
+	if err == errScarce {
+		return s.reject(r, refuse(nbd.ENOMEM, "%v needs too much memory", r.cmd))
+	}
 	if err != nil {
 		return err
 	}
-	t.n, t.want = int64(length), want
+	t.n, t.want, t.runs = int64(length), want, runs
 	s.dev.submit(t)
 	return nil
 }
@@ -369,6 +388,9 @@ func (s *session) writeHere(r *request, p []byte) error {
 // takeWrite begins a write whose payload is large and has arrived in part.
 func (s *session) takeWrite(r *request) error {
 	t, err := s.newTask(r, int(r.length), 0)
+	if err == errScarce {
+		return s.streamWrite(r)
+	}
 	if err != nil {
 		return err
 	}
@@ -378,24 +400,65 @@ func (s *session) takeWrite(r *request) error {
 	return s.finishWrite(t, have)
 }
 
-// finishWrite receives the rest of a payload, of which have bytes are there,
-// and writes it. The input is empty.
-func (s *session) finishWrite(t *task, have int) error {
+// streamWrite writes a payload piece by piece, as it arrives.
+func (s *session) streamWrite(r *request) error {
 	l := &s.line
-	p := t.buf.data(int(t.n))
-	for have < len(p) {
+	var flags image.WriteFlags
+	if r.has(nbd.CmdFlagFUA) {
+		flags = image.FUA
+	}
+	var failure error
+	for off, left := r.off(), r.n(); left > 0; {
+		if l.r == l.w {
+			if err := s.sendOut(); err != nil {
+				return err
+			}
+			n, err := s.receive(l.in[:lineInput], nil)
+			if err != nil {
+				return err
+			}
+			l.r, l.w = 0, n
+		}
+		p := l.in[l.r:min(int64(l.w), int64(l.r)+left)]
+		if failure == nil {
+			failure = s.dev.WriteAt(p, s.export.Offset+off, flags)
+			s.dev.touched()
+		}
+		l.r += len(p)
+		off += int64(len(p))
+		left -= int64(len(p))
+	}
+	if failure != nil {
+		return s.reject(r, s.failed(r, failure))
+	}
+	return s.done(r)
+}
+
+// receivePayload receives the rest of a payload, and perhaps what comes after it.
+func (s *session) receivePayload(p []byte, have int) error {
+	for l := &s.line; have < len(p); {
 		if err := s.sendOut(); err != nil {
-			s.endTask(t)
 			return err
 		}
 		n, err := s.receive(p[have:], l.in[:lineInput])
 		if err != nil {
-			s.endTask(t)
 			return err
 		}
 		if have += n; have > len(p) {
 			l.w = have - len(p)
 		}
+	}
+	return nil
+}
+
+// finishWrite receives the rest of a payload, of which have bytes are there,
+// and writes it. The input is empty.
+func (s *session) finishWrite(t *task, have int) error {
+	l := &s.line
+	p := t.buf.data(int(t.n))
+	if err := s.receivePayload(p, have); err != nil {
+		s.endTask(t)
+		return err
 	}
 	if len(p) <= expectLimit {
 		l.expect = len(p)
