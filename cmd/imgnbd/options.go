@@ -34,6 +34,7 @@ type serveOptions struct {
 	tls        tlsOptions
 	access     accessList
 	handshake  time.Duration // negative: no limit
+	memory     int64         // bytes for requests of all clients; 0: the default
 
 	// What is shown to them.
 	exportName, description string
@@ -217,6 +218,14 @@ func newServeOptions() *serveOptions {
 		return nil
 	})
 	addPartition(fs, &o.partition)
+	value(fs, "memory", "", func(s string) error {
+		n, err := image.ParseSize(s)
+		if err != nil || n < 1<<20 || n > 1<<50 {
+			return fmt.Errorf("--memory=%s is not a size of at least 1M", s)
+		}
+		o.memory = int64(n)
+		return nil
+	})
 	o.images.addBacking(fs)
 	value(fs, "connections", "", func(s string) error {
 		n, err := cInt(s, 16)
@@ -273,7 +282,8 @@ func newServeOptions() *serveOptions {
 	})
 	fs.BoolVar(&o.confinement.untrusted, "untrusted", false, "")
 	value(fs, "journal", "", o.journal.set)
-	for _, name := range []string{"journal", "stdio", "run", "vsock", "partition", "backing", "backing-dir", "tls-mode", "allow", "deny", "allow-file", "socket-mode", "connections", "block-size", "timeout", "swap", "max-part", "dead-timeout", "force", "user", "sandbox", "untrusted"} {
+	for _, name := range []string{"journal", "stdio", "run", "vsock", "partition", "backing", "backing-dir", "tls-mode", "allow", "deny", "allow-file", "socket-mode", "connections", "block-size", "timeout", "swap", "max-part", "dead-timeout", "force",
+		"user", "sandbox", "untrusted", "memory"} {
 		fs.SetAnnotation(name, own, nil)
 	}
 	return o

@@ -256,7 +256,7 @@ func (o *serveOptions) newServer(u *ui, e *export.Export, v *visitors) *export.S
 		},
 		ConnState:  v.state,
 		MaxClients: o.shared,
-		Limits:     export.Limits{Handshake: o.handshake},
+		Limits:     export.Limits{Handshake: o.handshake, Memory: o.memory},
 		Log:        u.logger(o.verbose),
 	}
 	if o.tls.found != nil {

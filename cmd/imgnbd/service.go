@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -29,6 +30,7 @@ type service struct {
 	daemon *daemon // nil in the foreground
 
 	signals  chan os.Signal // that ask for the end
+	asked    chan os.Signal // that ask what limits were reached
 	place    *place
 	only     net.Conn // of --stdio, nil without
 	device   image.Device
@@ -83,8 +85,13 @@ func (s *service) catchSignals() (undo func()) {
 	signal.Notify(s.signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	ignored := make(chan os.Signal, 1) // they do nothing to qemu-nbd either
 	signal.Notify(ignored, syscall.SIGPIPE, syscall.SIGUSR1)
+	s.asked = make(chan os.Signal, 1)
+	if !s.u.compat() {
+		signal.Notify(s.asked, syscall.SIGUSR1)
+	}
 	return func() {
 		signal.Stop(s.signals)
+		signal.Stop(s.asked)
 		signal.Stop(ignored)
 	}
 }
@@ -186,6 +193,14 @@ func (s *service) serve() error {
 	if e := s.shutdown(); err == nil {
 		err = e
 	}
+	select {
+	case <-s.asked: // shortly before the end
+		s.tellLimits()
+	default:
+		if s.opt.verbose && len(s.server.Reached()) > 0 {
+			s.tellLimits()
+		}
+	}
 	serving.Wait()
 	return err
 }
@@ -197,13 +212,19 @@ func (s *service) wait(failed <-chan error) error {
 	if s.opt.persistent || s.command != nil {
 		over = nil
 	}
-	select {
-	case <-s.signals:
-	case <-over:
-	case err := <-s.ended:
-		return exitOf(err)
-	case err := <-failed:
-		return err
+	for waiting := true; waiting; {
+		select {
+		case <-s.signals:
+			waiting = false
+		case <-over:
+			waiting = false
+		case <-s.asked:
+			s.tellLimits()
+		case err := <-s.ended:
+			return exitOf(err)
+		case err := <-failed:
+			return err
+		}
 	}
 	if s.command == nil {
 		return nil
@@ -215,6 +236,18 @@ func (s *service) wait(failed <-chan error) error {
 	case <-s.signals:
 		return &exit{code: 1}
 	}
+}
+
+// tellLimits says how often clients have reached which limit.
+func (s *service) tellLimits() {
+	text := "limits reached: none"
+	for i, c := range s.server.Reached() {
+		if i == 0 {
+			text = "limits reached:"
+		}
+		text += fmt.Sprintf("\n%8d  %s", c.N, c.What)
+	}
+	s.u.message(text)
 }
 
 // shutdown finishes what clients have asked for, and flushes it. Clients who

@@ -132,7 +132,7 @@ func TestMemory(t *testing.T) {
 
 	// Clients ask for far more than is allowed and read no reply.
 	socket, pid = serve(t, bin, "--read-only", compressed)
-	bound = (20+512+64)*mib + (clients+1)*(5*mib/2+32*mib)
+	bound = (20+512+64)*mib + (clients+1)*(26*mib/10)
 	for range clients {
 		conn, _ := connect(t, socket)
 		go flood(conn, request)
