@@ -1,10 +1,12 @@
 package qcow2
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"syscall"
 	"testing"
 
@@ -70,18 +72,37 @@ func (f *faultRun) run(r *rand.Rand) {
 }
 
 func TestFaults(t *testing.T) {
+	shared := writeRecipe{io: []string{"write -P 1 0 200k", "write -z 64k 32k"}, after: [][]string{{"snapshot", "-c", "one", "FILE"}}}
+	compressed := writeRecipe{io: []string{"write -c -P 1 0 64k", "write -c -P 2 128k 16k", "write -P 3 160k 32k"}}
 	for _, tt := range []struct {
 		name, options string
 		kinds         storagetest.OpKind
 		failure       storagetest.Failure
+		contents      *writeRecipe // nil: nothing
 	}{
-		{"write EIO", "cluster_size=1k", storagetest.OpWrite, storagetest.Failure{Err: syscall.EIO}},
-		{"short write ENOSPC", "cluster_size=512,refcount_bits=64", storagetest.OpWrite, storagetest.Failure{Err: syscall.ENOSPC, Done: 512}},
-		{"read EIO", "cluster_size=512", storagetest.OpRead, storagetest.Failure{Err: syscall.EIO}},
-		{"sync EIO", "cluster_size=1k", storagetest.OpSync, storagetest.Failure{Err: syscall.EIO}},
+		{"write EIO", "cluster_size=1k", storagetest.OpWrite, storagetest.Failure{Err: syscall.EIO}, nil},
+		{"short write ENOSPC", "cluster_size=512,refcount_bits=64", storagetest.OpWrite, storagetest.Failure{Err: syscall.ENOSPC, Done: 512}, nil},
+		{"read EIO", "cluster_size=512", storagetest.OpRead, storagetest.Failure{Err: syscall.EIO}, nil},
+		{"other EIO", "cluster_size=1k", storagetest.OpZero | storagetest.OpDiscard | storagetest.OpTruncate | storagetest.OpExtents | storagetest.OpSize, storagetest.Failure{Err: syscall.EIO}, nil},
+		{"sync EIO", "cluster_size=1k", storagetest.OpSync, storagetest.Failure{Err: syscall.EIO}, nil},
+		{"snapshots write EIO", "cluster_size=1k", storagetest.OpWrite, storagetest.Failure{Err: syscall.EIO}, &shared},
+		{"snapshots sync EIO", "cluster_size=1k", storagetest.OpSync, storagetest.Failure{Err: syscall.EIO}, &shared},
+		{"compressed write ENOSPC", "cluster_size=1k", storagetest.OpWrite, storagetest.Failure{Err: syscall.ENOSPC}, &compressed},
+		{"compressed read EIO", "cluster_size=1k", storagetest.OpRead, storagetest.Failure{Err: syscall.EIO}, &compressed},
+		{"subclusters write EIO", "extended_l2=on,cluster_size=16k", storagetest.OpWrite, storagetest.Failure{Err: syscall.EIO}, &shared},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			blank := memImage(t, tt.options, "256k", 0).Bytes()
+			blank, content := memImage(t, tt.options, "256k", 0).Bytes(), make([]byte, 256<<10)
+			if tt.contents != nil {
+				r := *tt.contents
+				r.options, r.size = tt.options, int64(len(content))
+				var file string
+				var err error
+				file, content = r.make(t)
+				if blank, err = os.ReadFile(file); err != nil {
+					t.Fatal(err)
+				}
+			}
 			failed := 0
 			for k := 1; ; k++ {
 				mem := storagetest.MemOf(blank)
@@ -92,7 +113,7 @@ func TestFaults(t *testing.T) {
 				}
 				before := len(store.Injected())
 				store.Inject(storagetest.Nth(tt.kinds, k, tt.failure))
-				f := faultRun{im: im, now: make([]byte, 256<<10)}
+				f := faultRun{im: im, now: bytes.Clone(content)}
 				f.run(rand.New(rand.NewPCG(1, 1)))
 				if len(store.Injected()) == before {
 					store.Inject(nil)
