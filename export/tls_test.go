@@ -283,6 +283,24 @@ func TestInjection(t *testing.T) {
 	}
 }
 
+// No session is resumed: each connection shows its certificate.
+func TestNoResumption(t *testing.T) {
+	s := serveTLS(t, nil)
+	c := s.client.Clone()
+	c.ClientSessionCache = tls.NewLRUClientSessionCache(4)
+	for range 3 {
+		p := s.dial("unix")
+		p.greet()
+		if err := p.startTLS(c); err != nil {
+			t.Fatal(err)
+		}
+		p.agree(structured) // tickets come with what follows
+		if p.conn.(*tls.Conn).ConnectionState().DidResume {
+			t.Error("a session was resumed")
+		}
+	}
+}
+
 // TestTLSDeadline: who begins TLS and goes on no further is cut off.
 func TestTLSDeadline(t *testing.T) {
 	for _, mode := range []TLSMode{TLSRequired, TLSDirect} {
