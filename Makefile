@@ -97,7 +97,7 @@ release: ## build/: the program for each system, reproducible, with checksums
 .PHONY: nightly
 nightly: lint test ## everything, in its long form
 	$(MAKE) race SHORT=
-	IMGNBD_GUESTS=full $(GO) test ./internal/test/guest -run 'TestTakeover|TestDeadTimeout|TestReplace' -count=1 -timeout 1h
+	IMGNBD_GUESTS=full $(GO) test ./internal/test/guest -run 'TestTakeover|TestDeadTimeout|TestReplace|TestChain|TestMountJournal' -count=1 -timeout 6h
 	IMGNBD_CRASH=100 $(GO) test ./qcow2 -run 'TestCrash$$|TestCrashAfterFaults' -count=1 -timeout 3h
 	$(MAKE) fuzz FUZZTIME=10m
 	$(MAKE) bench BENCH=-full

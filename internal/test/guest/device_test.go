@@ -11,69 +11,6 @@ import (
 	"github.com/imgnbd/imgnbd/internal/test/vm"
 )
 
-// From an empty image to files and back, with every tool that a person would
-// use, nothing waited for in between.
-const chain = `
-# chain FORMAT IMAGE
-chain() {
-    imgnbd -c /dev/nbd0 -f "$1" --discard=unmap "$2"
-    [ "$(blockdev --getsize64 /dev/nbd0)" = 629145600 ] || fail "$(blockdev --getsize64 /dev/nbd0) bytes"
-    nodes /dev/nbd0
-    printf 'label: gpt\n,100M\n,350M\n,\n' | sfdisk -q /dev/nbd0
-    nodes /dev/nbd0 1 2 3
-    mkfs.ext4 -q /dev/nbd0p1
-    mkfs.xfs -q /dev/nbd0p2
-    mkfs.vfat /dev/nbd0p3 >/dev/null
-    local i
-    for i in 1 2 3; do
-        mkdir -p m$i
-        mount /dev/nbd0p$i m$i
-        fill m$i
-    done
-    refused "/dev/nbd0p2 is mounted on $PWD/m2" -- imgnbd -d /dev/nbd0
-    refused 'in use' "$2" -- imgnbd -c /dev/nbd0 -f raw other.raw
-    umount m1 m2 m3
-    [ "$(imgnbd -d /dev/nbd0)" = '/dev/nbd0 disconnected' ]
-    free /dev/nbd0
-    # The image is closed when -d returns: its judges need no lock.
-    [ "$1" = raw ] || qemu-img check -q -f "$1" "$2"
-    [ "$1" = raw ] || imgnbd check -q -f "$1" "$2"
-
-    local dev
-    dev=$(imgnbd -c auto -r -f "$1" "$2")
-    nodes $dev 1 2 3
-    for i in 1 2 3; do
-        mount -o ro $dev"p$i" m$i
-        verify m$i
-        umount m$i
-    done
-    [ "$(blockdev --getro $dev)" = 1 ] || fail "$dev is writable"
-    imgnbd -d $dev
-    free $dev
-}
-truncate -s 600M disk.raw
-truncate -s 1M other.raw
-imgnbd create -q -f qcow2 disk.qcow2 600M
-imgnbd create -q -f qcow2 base.qcow2 600M
-imgnbd create -q -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2
-`
-
-var chainTools = []string{"sfdisk", "mkfs.ext4", "mkfs.xfs", "mkfs.vfat", "qemu-img"}
-
-func TestChain(t *testing.T) {
-	run(t, vm.Options{Kernel: "6.12", Memory: 1536, Script: chain + `
-chain raw disk.raw
-chain qcow2 disk.qcow2
-chain qcow2 overlay.qcow2
-`}, chainTools...)
-}
-
-func TestChainOlder(t *testing.T) {
-	run(t, vm.Options{Kernel: "6.1", Memory: 1536, Script: chain + `
-chain qcow2 disk.qcow2
-`}, chainTools...)
-}
-
 // The partitions of the image are there at once, and those of another image
 // never, however the module was loaded. Nor does anything else stay of what was
 // there before.
