@@ -68,6 +68,14 @@ func (o *serveOptions) disconnectDevice(u *ui, device string) error {
 		return says("Cannot open %s: %s", device, strerror(err))
 	}
 	err := connect.Detach(ctx, device, o.connect.force)
+	if isBusy(err) && !o.connect.force && u.compat() {
+		// Qemu-nbd does not look. What can be saved is.
+		u.warning(err.Error() + ": what is written to it from now on is lost")
+		if err = connect.Detach(ctx, device, true); isBusy(err) {
+			u.warning(err.Error())
+			err = nil
+		}
+	}
 	switch {
 	case errors.Is(err, connect.ErrNotAttached) && u.compat():
 		u.warning(err.Error()) // to qemu-nbd it is no failure

@@ -405,5 +405,30 @@ imgnbd -d /dev/nbd0
 imgnbd -c /dev/nbd0 disk.raw
 imgnbd -d /dev/nbd0
 free /dev/nbd0
-`})
+
+# It does not look whether a device is in use. We do, save what can be, and say
+# so.
+truncate -s 32M disk.raw
+./qemu-nbd -c /dev/nbd0 -f raw disk.raw
+mkfs.ext4 -q /dev/nbd0
+mkdir m
+mount /dev/nbd0 m
+echo kept >m/file
+[ "$(./qemu-nbd -d /dev/nbd0 2>err)" = '/dev/nbd0 disconnected' ]
+grep -q '^qemu-nbd: warning: /dev/nbd0 is mounted on .*: what is written to it from now on is lost$' err
+grep -q '^qemu-nbd: warning: .* stays until all have closed it' err
+umount m
+eventually absent /sys/block/nbd0/pid
+imgnbd -c /dev/nbd0 -f raw disk.raw
+mount /dev/nbd0 m
+[ "$(cat m/file)" = kept ]
+umount m
+imgnbd -d /dev/nbd0
+
+# A machine without the module.
+rmmod nbd
+echo 'install nbd /bin/false' >/etc/modprobe.d/none.conf
+refused 'no NBD devices here: the kernel does not offer nbd' 'hint: serve with --socket=PATH' -- imgnbd -c /dev/nbd0 -f raw disk.raw
+refused 'Cannot open /dev/nbd0: No such file or directory' -- imgnbd -d /dev/nbd0
+`}, "mkfs.ext4")
 }
