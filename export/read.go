@@ -361,8 +361,7 @@ func (s *session) sendRange(off, n int64) (failure, err error) {
 	for n > 0 {
 		sent, err := s.sendFrom(off, n)
 		if err == errAgain {
-			// A slow client holds no pin: the bytes may have moved when it is
-			// ready for more.
+			// The bytes may have moved when the client is ready for more.
 			if err := s.out.t.writable(); err != nil {
 				return failure, err
 			}
@@ -391,12 +390,11 @@ func (s *session) sendRange(off, n int64) (failure, err error) {
 }
 
 // sendFrom sends some bytes by location. It returns 0 where there is none.
-func (s *session) sendFrom(off, n int64) (int, error) {
-	pin := s.dev.Pin()
-	defer pin.Release()
-	file, at, length := s.locate(off, n)
-	if file == nil {
-		return 0, nil
+func (s *session) sendFrom(off, n int64) (sent int, err error) {
+	s.loan.begin(s.dev)
+	if file, at, length := s.locate(off, n); file != nil {
+		sent, err = s.out.t.sendFile(file, at, int(length))
 	}
-	return s.out.t.sendFile(file, at, int(length))
+	s.loan.end(sent > 0)
+	return sent, err
 }

@@ -1,6 +1,7 @@
 package export
 
 import (
+	"math"
 	"os"
 
 	"golang.org/x/sys/unix"
@@ -14,6 +15,16 @@ var pageSize = int64(os.Getpagesize())
 // nobody, so that connections can share the file.
 func sendFile(dst, src int, off int64, n int) (int, error) {
 	return unix.Sendfile(dst, src, &off, n)
+}
+
+// queued returns how many bytes of a Unix socket's replies were not received;
+// more than there can be if the kernel does not tell.
+func queued(fd int) int {
+	n, err := unix.IoctlGetInt(fd, unix.SIOCOUTQ)
+	if err != nil {
+		return math.MaxInt
+	}
+	return n
 }
 
 func forceSendBuffer(fd, size int) error {

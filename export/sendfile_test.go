@@ -3,6 +3,7 @@
 package export
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -17,6 +18,8 @@ import (
 
 	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/internal/nbd"
+	"github.com/imgnbd/imgnbd/internal/test/qemu"
+	"github.com/imgnbd/imgnbd/qcow2"
 	"github.com/imgnbd/imgnbd/raw"
 	"github.com/imgnbd/imgnbd/storage"
 	"github.com/imgnbd/imgnbd/storage/file"
@@ -46,7 +49,8 @@ type watched struct {
 	hooked
 	copied atomic.Int64
 	pins   atomic.Int64
-	pinned atomic.Int64 // pins that were ever taken
+
+	recalled atomic.Bool
 }
 
 func watch(dev image.Device) *watched {
@@ -64,11 +68,12 @@ func watch(dev image.Device) *watched {
 
 func (w *watched) Pin() image.Pin {
 	w.pins.Add(1)
-	w.pinned.Add(1)
 	return image.NewPin(w, 0)
 }
 
 func (w *watched) Unpin(uint64) { w.pins.Add(-1) }
+
+func (w *watched) Recalled() bool { return w.recalled.Load() }
 
 // TestSendFile: large reads come from the file itself.
 func TestSendFile(t *testing.T) {
@@ -87,8 +92,8 @@ func TestSendFile(t *testing.T) {
 			}
 		}
 	}
-	if n := dev.pins.Load(); n != 0 {
-		t.Errorf("%d pins are held", n)
+	for dev.pins.Load() != 0 { // soon
+		runtime.Gosched()
 	}
 }
 
@@ -149,22 +154,107 @@ func TestSendFileCut(t *testing.T) {
 	}
 }
 
-// TestSlowReaderHoldsNoPin: a client that stops in the middle of a reply does
-// not keep space from being used again.
-func TestSlowReaderHoldsNoPin(t *testing.T) {
+// TestLoan: a pin is held until the client has what was sent from a location,
+// however slow it is, and no longer.
+func TestLoan(t *testing.T) {
 	const size = 32 << 20
 	disk, _ := fileDisk(t, size)
 	dev := watch(disk)
 	s := serve(t, map[string]*Export{"": {Device: dev}}, nil)
 	p := s.connect("unix", "", structured)
 	p.write(p.header(nbd.CmdRead, 0, 1, 0, size))
-	p.read(nbd.StructuredReplySize + 8 + 1000) // it has begun
-	for dev.pinned.Load() < 3 || dev.pins.Load() != 0 {
-		runtime.Gosched()
+	p.read(nbd.StructuredReplySize + 8)
+	const step = 1 << 20
+	for at := uint64(0); at < size; at += step {
+		same(t, "a part", p.read(step), pattern(at, step))
+		if at < size-4*sendBuffer && dev.pins.Load() != 1 {
+			t.Fatalf("%d pins are held for a client that has %d bytes of %d", dev.pins.Load(), at+step, size)
+		}
 	}
-	same(t, "the rest", p.read(size-1000), pattern(1000, size-1000))
 	if c := p.chunk(0); !c.done || c.errno != 0 {
 		t.Errorf("the last chunk: %+v", c)
+	}
+	for dev.pins.Load() != 0 {
+		runtime.Gosched()
+	}
+	// It is released, too, if the client goes away without having read.
+	p.write(p.header(nbd.CmdRead, 0, 1, 0, size))
+	for dev.pins.Load() == 0 {
+		runtime.Gosched()
+	}
+	p.conn.Close()
+	for dev.pins.Load() != 0 {
+		runtime.Gosched()
+	}
+}
+
+// A queue is a transport of which a test says what has been received.
+type queue struct {
+	transport
+	total, rest atomic.Int64
+}
+
+func (q *queue) sent() int64   { return q.total.Load() }
+func (q *queue) unread() int64 { return q.rest.Load() }
+
+// TestLoanQueue: replies that were copied are no matter; what came before them
+// is.
+func TestLoanQueue(t *testing.T) {
+	disk, _ := fileDisk(t, 1<<20)
+	dev := watch(disk)
+	var q queue
+	var l loan
+	l.init(&q, func(err error) { t.Error(err) })
+	send := func(n int64, byLocation bool) {
+		l.begin(dev)
+		q.total.Add(n)
+		q.rest.Add(n)
+		l.end(byLocation)
+	}
+	send(100, true)
+	send(50, false)
+	for _, c := range []struct{ rest, pins int64 }{{150, 1}, {51, 1}, {50, 0}, {0, 0}} {
+		q.rest.Store(c.rest)
+		l.settled()
+		if got := dev.pins.Load(); got != c.pins {
+			t.Errorf("%d pins with %d bytes unread, want %d", got, c.rest, c.pins)
+		}
+	}
+	send(10, true)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if l.close(ctx); dev.pins.Load() != 0 {
+		t.Error("a pin is held after the end")
+	}
+}
+
+// TestLoanRecalled: who takes nothing while a pin is wanted back is parted from,
+// and nobody else is.
+func TestLoanRecalled(t *testing.T) {
+	disk, _ := fileDisk(t, 1<<20)
+	dev := watch(disk)
+	var q queue
+	var l loan
+	failed := make(chan error, 1)
+	l.init(&q, func(err error) { failed <- err })
+	l.grace = 0
+	l.begin(dev)
+	q.total.Store(100)
+	q.rest.Store(100)
+	l.end(true)
+	l.look()
+	l.look()
+	select {
+	case err := <-failed:
+		t.Fatal(err)
+	default:
+	}
+	dev.recalled.Store(true)
+	if err := <-failed; err == nil { // the timer looks
+		t.Error("no reason")
+	}
+	if dev.pins.Load() != 1 {
+		t.Error("the pin was released before the connection had ended")
 	}
 }
 
@@ -199,3 +289,41 @@ func TestForward(t *testing.T) {
 
 // tcpBuffers is more than the two sockets of a connection keep, in bytes.
 const tcpBuffers = 24 << 20
+
+// TestLentClusters: what a client has not received yet of a qcow2 image that is
+// written to does not change into what was written elsewhere, though its
+// clusters were given up and others looked for some.
+func TestLentClusters(t *testing.T) {
+	const size, part = 64 << 20, 2 << 20
+	path := qemu.Create(t, "qcow2", "", fmt.Sprint(size))
+	store, err := file.Open(context.Background(), &url.URL{Scheme: "file", Path: path}, storage.Options{Access: storage.WriteGrow})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dev, err := qcow2.Open(context.Background(), store, image.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { dev.Close() })
+	s := serve(t, map[string]*Export{"": {Device: dev}}, nil)
+	for _, style := range []style{simple, structured} {
+		slow, other := s.connect("unix", "", style), s.connect("unix", "", style)
+		old, foreign := bytes.Repeat([]byte{1}, part), bytes.Repeat([]byte{2}, part)
+		other.ok(nbd.CmdWrite, 0, 0, part, old)
+		other.ok(nbd.CmdFlush, 0, 0, 0, nil)
+		slow.write(slow.header(nbd.CmdRead, 0, 42, 0, part))
+		head := slow.read(1) // the reply has begun
+		other.ok(nbd.CmdTrim, 0, 0, part, nil)
+		for at := uint64(part); at < 8*part; at += part {
+			other.ok(nbd.CmdFlush, 0, 0, 0, nil)
+			other.ok(nbd.CmdWrite, 0, at, part, foreign)
+		}
+		rest := slow.read(part)
+		if i := bytes.IndexByte(append(head, rest...)[64:], 2); i >= 0 {
+			t.Errorf("%v: byte %d is of another place", style, i)
+		}
+		slow.conn.Close()
+		other.ok(nbd.CmdTrim, 0, 0, size, nil)
+		other.ok(nbd.CmdFlush, 0, 0, 0, nil)
+	}
+}

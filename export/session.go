@@ -36,6 +36,7 @@ type session struct {
 	dev        *device
 	out        sender
 	line       line
+	loan       loan
 	asking     asker
 }
 

@@ -5,6 +5,7 @@ import (
 	"math"
 	"net"
 	"os"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -43,6 +44,11 @@ type socket struct {
 		n    int
 		err  error
 	}
+	uq struct {
+		fn func(fd uintptr)
+		n  int
+	}
+	total atomic.Int64 // bytes that were sent
 }
 
 // sendBuffer is asked for on Unix sockets, in bytes, so that a large reply
@@ -70,6 +76,7 @@ func newTransport(conn net.Conn) transport {
 	s.rd.fn, s.rd.peek = s.readNow, s.peekNow
 	s.wr.fn, s.wr.poll = s.writeNow, s.pollNow
 	s.sf.fn, s.sf.use = s.sendFileNow, s.useFile
+	s.uq.fn = s.unreadNow
 	return s
 }
 
@@ -155,6 +162,7 @@ func (s *socket) writeNow(fd uintptr) bool {
 			s.wr.err = err
 			return true
 		default:
+			s.total.Add(int64(n))
 			s.wr.iov = advance(s.wr.iov, n)
 		}
 	}
@@ -184,6 +192,19 @@ func (s *socket) pollNow(fd uintptr) bool {
 	n, err := unix.Poll(p[:], 0)
 	return n > 0 || err != nil && err != unix.EINTR
 }
+
+func (s *socket) sent() int64 { return s.total.Load() }
+
+// unread asks how much memory of the queue belongs to replies, which is never
+// less than what they are long. One call at a time.
+func (s *socket) unread() int64 {
+	if s.rc.Control(s.uq.fn) != nil {
+		return 0 // closed
+	}
+	return int64(s.uq.n)
+}
+
+func (s *socket) unreadNow(fd uintptr) { s.uq.n = queued(int(fd)) }
 
 // Measured, in bytes.
 const (
@@ -231,6 +252,7 @@ func (s *socket) sendFileNow(fd uintptr) bool {
 			err = errAgain
 		}
 		s.sf.n, s.sf.err = max(n, 0), err
+		s.total.Add(int64(s.sf.n))
 		return true
 	}
 }

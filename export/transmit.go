@@ -68,12 +68,14 @@ func (s *session) transmit(t transport) (err error) {
 	s.line.w = copy(in, s.line.early)
 	s.line.ahead = make(chan struct{}, lineAhead)
 	s.out.init(t, func(error) { s.cut() }, s.endTask)
+	s.loan.init(t, s.partFrom)
 
 	err = s.serveRequests()
 	sendErr := s.sendOut()
 	if waitErr := s.out.wait(); sendErr == nil {
 		sendErr = waitErr
 	}
+	s.loan.close(s.ctx)
 	if (s.stopping.Load() || errors.Is(err, errHanded)) && s.dev.dirty.Load() {
 		if flushErr := s.dev.sync(); flushErr != nil {
 			s.srv.flushFailed(flushErr)
@@ -93,6 +95,12 @@ func (s *session) transmit(t transport) (err error) {
 		err = sendErr
 	}
 	return err
+}
+
+// partFrom ends the connection to a client that does harm by taking nothing.
+func (s *session) partFrom(why error) {
+	s.srv.Log.Warn("connection cut", "client", s.client.Addr, "export", s.name, "why", why)
+	s.cut()
 }
 
 func (s *session) serveRequests() error {

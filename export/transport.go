@@ -30,6 +30,11 @@ type transport interface {
 	// and another error or none if f does not give them.
 	sendFile(f *os.File, off int64, n int) (int, error)
 
+	// sent is how many bytes were ever sent, and unread how many of them, or
+	// more, the other side has not received, where sendFile works.
+	sent() int64
+	unread() int64
+
 	// fileMin is from how many bytes on sendFile pays.
 	fileMin() int64
 
@@ -63,6 +68,10 @@ func (s stream) write(iov [][]byte, wait bool) ([][]byte, error) {
 func (s stream) writable() error { return nil }
 
 func (s stream) sendFile(*os.File, int64, int) (int, error) { return 0, errors.ErrUnsupported }
+
+func (s stream) sent() int64 { return 0 }
+
+func (s stream) unread() int64 { return 0 }
 
 func (s stream) fileMin() int64 { return math.MaxInt64 }
 

@@ -93,8 +93,9 @@ type Extent struct {
 
 // A Location is the host position of an extent; the extent's bytes lie there
 // verbatim. It holds while the Pin that was taken before the question is held:
-// until then, and in replies still queued in sockets, no other guest bytes
-// will lie there. Where a driver cannot promise that, it gives no location.
+// until then no other guest bytes will lie there. A reply that was sent from
+// there refers to it until it has been received. Where a driver cannot promise
+// that, it gives no location.
 type Location struct {
 	Store  storage.Store
 	Offset int64
@@ -116,11 +117,21 @@ type Pin struct {
 	token  uint64
 }
 
-// A Pinner is told when a Pin that it gave out is released.
-type Pinner interface{ Unpin(token uint64) }
+// A Pinner gives out Pins.
+type Pinner interface {
+	Unpin(token uint64) // a Pin was released
+	Recalled() bool     // Pins are wanted back
+}
 
 // NewPin returns a Pin that calls p.Unpin(token) when it is released.
 func NewPin(p Pinner, token uint64) Pin { return Pin{p, token} }
+
+// Held reports whether the pin pins anything.
+func (p Pin) Held() bool { return p.pinner != nil }
+
+// Recalled reports whether the pin keeps more from being done than it should.
+// Who cannot release it has to part from what it is held for.
+func (p Pin) Recalled() bool { return p.pinner != nil && p.pinner.Recalled() }
 
 // Release ends the pin. It is called once.
 func (p Pin) Release() {

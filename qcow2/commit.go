@@ -37,13 +37,14 @@ type committer struct {
 	refs    *refcounts
 	tables  *tableGuard
 	epochs  *epochs
+	loans   *loans   // nil: none
 	journal *journal // nil: none
 	defects *defects
 
 	// Of the committer's goroutine.
 	counts []countChange // taken from the allocator, not carried out
 	kept   []reference   // dropped by entries that are still to be made durable
-	grace  []graceItem   // dropped durably, perhaps still known to requests
+	grace  []graceItem   // dropped durably, perhaps still known to requests and replies
 	unmap  bool          // give the host back the space that requests gave up
 
 	condemned atomic.Bool // the image was found to be corrupt
@@ -83,7 +84,7 @@ type batch struct {
 func (b *batch) pointers() bool { return len(b.slices) > 0 || !b.counts.empty() }
 
 // A graceItem is a run that nothing refers to any more but requests that
-// entered up to an epoch.
+// entered up to an epoch, and replies that were sent from it.
 type graceItem struct {
 	reference
 	epoch uint64
@@ -402,18 +403,18 @@ func (c *committer) settle(b *batch, err error) {
 	if ok {
 		epoch := c.epochs.number()
 		for _, r := range b.dropped {
-			c.grace = append(c.grace, graceItem{r, epoch})
+			c.bury(graceItem{r, epoch})
 		}
 		for _, t := range b.tables {
 			if h := t.old.host(); h != 0 {
 				r := hostRun{h >> c.g.clusterBits, 1}
 				c.tables.drop(r)
-				c.grace = append(c.grace, graceItem{reference{hostRun: r, shared: true}, epoch})
+				c.bury(graceItem{reference{hostRun: r, shared: true}, epoch})
 			}
 		}
 		if old.n > 0 {
 			c.tables.drop(old)
-			c.grace = append(c.grace, graceItem{reference{hostRun: old}, epoch})
+			c.bury(graceItem{reference{hostRun: old}, epoch})
 		}
 		if c.journal != nil {
 			c.journal.discard(b.journalEnd)
@@ -426,6 +427,12 @@ func (c *committer) settle(b *batch, err error) {
 	}
 	b.ticket.err = err
 	close(b.ticket.done)
+}
+
+// bury notes what may be reused when nobody knows of it any more.
+func (c *committer) bury(item graceItem) {
+	c.grace = append(c.grace, item)
+	c.loans.wait(item.n)
 }
 
 // reclaim frees what was dropped durably and nobody can know of any more (R5,
@@ -442,6 +449,9 @@ func (c *committer) reclaim() error {
 		if item.epoch+2 > now && !c.defects.noGrace {
 			return nil
 		}
+		if c.loans.held() {
+			return nil
+		}
 		if item.shared {
 			if err := c.lowerShared(&item.hostRun, item.unwanted); err != nil {
 				return err
@@ -453,6 +463,7 @@ func (c *committer) reclaim() error {
 		} else {
 			c.alloc.found(item.hostRun)
 		}
+		c.loans.wait(-item.n)
 		c.grace = c.grace[1:]
 	}
 	return nil

@@ -9,7 +9,8 @@
 //     ranges into segments, runs of guest bytes that come from one place.
 //     link.go changes the mapping, alloc.go hands out host clusters, refcount.go
 //     counts them, guard.go knows which are tables, epoch.go tells who may still
-//     know of one. commit.go brings it all to the store, and is the only place that orders writes. journal.go
+//     know of one, and loans.go whether replies refer to one. commit.go brings
+//     it all to the store, and is the only place that orders writes. journal.go
 //     and replay.go are for the death of the process.
 //   - device: image.go opens an image, read.go serves it, writer.go, write.go
 //     and zero.go change it; compress.go, datafile.go, backing.go, snapshot.go,
@@ -67,7 +68,8 @@
 //	R3   a sync lies between stage B and the answer to a flush
 //	R4   stage B writes entries as they were at the cut
 //	R5   a count is lowered in a batch cut after the pointer's removal was durable
-//	R6   a cluster is reused after that, and after all requests that can know it
+//	R6   a cluster is reused after that, after all requests that can know it, and
+//	     after all replies that were sent from it have been received
 //	R7   filling is skipped only in clusters that were never written
 //	R8   the mapping of a cluster is changed by one request at a time
 //	R9   zeroing a part of a cluster never zeroes more than was asked for

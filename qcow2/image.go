@@ -183,6 +183,7 @@ type disk struct {
 	info    image.Info
 	epochs  *epochs
 	mapping *mapping
+	loans   *loans // nil: there are none
 
 	holes sync.Once // guards holey
 	holey bool

@@ -241,7 +241,9 @@ func (d *disk) appendData(dst []image.Extent, s *segment, at int64, want image.W
 	host, n := s.host+at-s.guest, s.guest+s.length-at
 	e := image.Extent{Offset: at, Length: n, Data: true, Allocated: true, At: image.Location{Store: d.data, Offset: host}}
 	if !d.info.ReadOnly {
-		e.At = image.Location{} // a cluster that is freed can become another's
+		if !d.geo.dataFile && !d.loans.give() {
+			e.At = image.Location{} // a cluster that is freed can become another's
+		}
 		if _, err := below(host+n-1, &d.mapping.dataEnd, d.data); err != nil {
 			return dst, err
 		}

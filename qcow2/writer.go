@@ -84,6 +84,11 @@ func newWriter(d *disk, h *header, snapshots []snapshot, bitmaps []bitmap, opt *
 		unmap: opt.Unmap && info.Discard,
 		next:  newTicket(), wake: make(chan struct{}, 1), done: make(chan struct{}),
 	}
+	if !g.dataFile && !info.FixedSize {
+		// Where the store cannot grow, clusters that wait might be missed.
+		d.loans = &loans{recall: graceBytes >> g.clusterBits}
+		w.commit.loans = d.loans
+	}
 	w.changes.crowded = func() { w.commit.ask() }
 	w.changes.crowd = d.mapping.cache.capacity() / 2
 	if g.dataFile {
@@ -238,6 +243,7 @@ func (im *Image) Close() error {
 	if err := im.epochs.close(); err != nil {
 		return err
 	}
+	im.loans.end()
 	err := im.writer.close()
 	im.mapping.close()
 	return image.Wrap("close", im.name, errors.Join(err, im.files.release()))
