@@ -59,6 +59,9 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 // dispatch runs the sub-command that the first argument names, or serves. A
 // file with the name of a sub-command is served as ./NAME or after "--".
 func dispatch(u *ui, args []string) error {
+	if u.name == "nbd-client" {
+		return nbdClient(u, args)
+	}
 	var c *command
 	if len(args) > 0 && !u.compat() {
 		c = findCommand(args[0])

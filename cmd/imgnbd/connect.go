@@ -60,18 +60,14 @@ const detachTime = 10 * time.Minute
 
 // disconnectDevice is the bare command with --disconnect.
 func (o *serveOptions) disconnectDevice(u *ui, device string) error {
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	defer stop()
-	ctx, cancel := context.WithTimeout(ctx, detachTime)
-	defer cancel()
 	if _, err := os.Stat(device); err != nil {
 		return says("Cannot open %s: %s", device, strerror(err))
 	}
-	err := connect.Detach(ctx, device, o.connect.force)
+	err := detachDevice(device, o.connect.force)
 	if isBusy(err) && !o.connect.force && u.compat() {
 		// Qemu-nbd does not look. What can be saved is.
 		u.warning(err.Error() + ": what is written to it from now on is lost")
-		if err = connect.Detach(ctx, device, true); isBusy(err) {
+		if err = detachDevice(device, true); isBusy(err) {
 			u.warning(err.Error())
 			err = nil
 		}
@@ -88,6 +84,16 @@ func (o *serveOptions) disconnectDevice(u *ui, device string) error {
 	return nil
 }
 
+// detachDevice detaches a device of this machine, unless a signal ends the
+// waiting.
+func detachDevice(device string, force bool) error {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	ctx, cancel := context.WithTimeout(ctx, detachTime)
+	defer cancel()
+	return connect.Detach(ctx, device, force)
+}
+
 func isBusy(err error) bool {
 	_, ok := errors.AsType[*connect.BusyError](err)
 	return ok
@@ -98,7 +104,7 @@ func isBusy(err error) bool {
 // kernel, and only then is whoever waits for that told.
 func (s *service) runConnected() (err error) {
 	defer s.catchSignals()()
-	if err := protectServer(); err != nil { // not all of it is allowed everywhere
+	if err := s.protect(); err != nil { // not all of it is allowed everywhere
 		s.u.logger(s.opt.verbose).Debug("not protected from a shortage of memory", "err", err)
 	}
 	orphan, err := s.findOrphan()
@@ -146,6 +152,14 @@ func (s *service) runConnected() (err error) {
 		err = s.serveDevice(a)
 	}
 	return errors.Join(err, s.shutdown())
+}
+
+// protect is protectServer where the process is this program's.
+func (s *service) protect() error {
+	if !s.u.alone {
+		return nil
+	}
+	return protectServer()
 }
 
 // attachImage gives the kernel its connections, each to a server that is here,

@@ -54,6 +54,9 @@ func startDaemon(u *ui, args []string, listen *os.File, keepStderr bool) error {
 
 	cmd := exec.Command(self)
 	cmd.Args = append([]string{u.called}, args...)
+	if u.marked {
+		cmd.Args[0] = "@" + u.called
+	}
 	cmd.Stderr = messagesW // standard input and output become /dev/null
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	pass := func(f *os.File) int {

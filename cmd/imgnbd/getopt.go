@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 
@@ -35,6 +36,41 @@ func scan(fs *pflag.FlagSet, args []string) (operands []string, err error) {
 		}
 	}
 	return operands, nil
+}
+
+// scanLongOnly scans by the rules of getopt_long_only: long names may have one
+// dash, and operands are taken where they stand.
+func scanLongOnly(fs *pflag.FlagSet, args []string, operand func(string) error) (err error) {
+	for len(args) > 0 && err == nil {
+		arg := args[0]
+		args = args[1:]
+		name, dashed := strings.CutPrefix(arg, "-")
+		switch {
+		case arg == "--":
+			for ; len(args) > 0 && err == nil; args = args[1:] {
+				err = operand(args[0])
+			}
+		case !dashed || name == "":
+			err = operand(arg)
+		case strings.HasPrefix(name, "-"):
+			args, err = scanLong(fs, name[1:], args)
+		case len(name) == 1 && shorthand(fs, name[0]) != nil || !isLong(fs, name) && shorthand(fs, name[0]) != nil:
+			args, err = scanShort(fs, name, args)
+		default:
+			args, err = scanLong(fs, name, args)
+			if e, ok := errors.AsType[*usage](err); ok {
+				e.text = strings.ReplaceAll(e.text, "'--", "'-")
+			}
+		}
+	}
+	return err
+}
+
+// isLong reports whether arg, perhaps with a value, begins a long name.
+func isLong(fs *pflag.FlagSet, arg string) (found bool) {
+	name, _, _ := strings.Cut(arg, "=")
+	fs.VisitAll(func(f *pflag.Flag) { found = found || strings.HasPrefix(f.Name, name) })
+	return found
 }
 
 func scanLong(fs *pflag.FlagSet, arg string, rest []string) ([]string, error) {

@@ -148,7 +148,7 @@ func (r *remote) reach(ctx context.Context) (conn net.Conn, host string, err err
 	if r.uri.Network == "unix" {
 		conn, err = d.DialContext(ctx, "unix", r.uri.Address)
 		if err != nil {
-			err = says("Failed to connect to '%s': %s", r.uri.Address, strerror(err))
+			err = &unreachableError{r.uri.Address, err}
 		}
 		return conn, "localhost", err
 	}
@@ -171,8 +171,20 @@ func (r *remote) reach(ctx context.Context) (conn net.Conn, host string, err err
 			return conn, host, nil
 		}
 	}
-	return nil, "", says("Failed to connect to '%s': %s", r.uri.Address, strerror(err))
+	return nil, "", &unreachableError{r.uri.Address, err}
 }
+
+// An unreachableError says that nobody listens where a server should be.
+type unreachableError struct {
+	address string
+	err     error
+}
+
+func (e *unreachableError) Error() string {
+	return fmt.Sprintf("Failed to connect to '%s': %s", e.address, strerror(e.err))
+}
+
+func (e *unreachableError) Unwrap() error { return e.err }
 
 // runRemote is the bare command with --connect and a server's export. The
 // kernel is the client; this process stays to open connections again, and for
@@ -187,10 +199,10 @@ func (s *service) runRemote(r *remote) (err error) {
 			return hinted(errors.New("--swap and TLS exclude each other: this process would need memory for what is swapped to free it"),
 				"use a network that needs no TLS, a VPN of the kernel's for instance")
 		}
-		if err := protectServer(); err != nil {
+		if err := s.protect(); err != nil {
 			return fmt.Errorf("--swap: %w", err)
 		}
-	} else if err := protectServer(); err != nil {
+	} else if err := s.protect(); err != nil {
 		s.u.logger(s.opt.verbose).Debug("not protected from a shortage of memory", "err", err)
 	}
 	if r.uri.Network == "unix" && !strings.HasPrefix(r.uri.Address, "@") {

@@ -15,9 +15,12 @@ import (
 
 func allCommands() []*command { return append([]*command{serveCommand(nil)}, commands()...) }
 
+// asClient is the program by the name of nbd-client, as if it were a command.
+func asClient() *command { return &command{name: "nbd-client", flags: new(client).options()} }
+
 // What a flag set has and what the synopsis says are the same, to the letter.
 func TestSynopsis(t *testing.T) {
-	for _, c := range allCommands() {
+	for _, c := range append(allCommands(), asClient()) {
 		var have, written []string
 		c.flags.VisitAll(func(f *pflag.Flag) {
 			have = append(have, optionSpelling(f.Shorthand, f.Name, takesValue(f)))
@@ -53,9 +56,13 @@ func TestManual(t *testing.T) {
 	items := regexp.MustCompile(`(?m)^\.It (?:Fl (\w)(?: Ar \S+)? , )?Fl -([a-z-]+)`)
 	written := map[string]string{} // the letter of each
 	sections := strings.Split(string(text), "\n.Ss ")
-	for _, c := range allCommands() {
+	for _, c := range append(allCommands(), asClient()) {
 		want := "Serving"
-		if c.name != "" {
+		switch c.name {
+		case "":
+		case "nbd-client":
+			want = "By the name of nbd-client"
+		default:
 			want = "imgnbd " + c.name
 		}
 		i := slices.IndexFunc(sections, func(s string) bool { return strings.HasPrefix(s, want+"\n") })

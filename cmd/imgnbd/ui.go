@@ -24,6 +24,7 @@ import (
 // A ui is how the program talks to who called it.
 type ui struct {
 	called         string // argv[0]
+	marked         bool   // it began with "@", by which systemd knows what to spare when it leaves an initrd
 	name           string // its last element
 	stdin          io.Reader
 	stdout, stderr io.Writer
@@ -31,7 +32,8 @@ type ui struct {
 }
 
 func newUI(called string, stdin io.Reader, stdout, stderr io.Writer) *ui {
-	return &ui{called: called, name: filepath.Base(called), stdin: stdin, stdout: stdout, stderr: stderr}
+	called, marked := strings.CutPrefix(called, "@")
+	return &ui{called: called, marked: marked, name: filepath.Base(called), stdin: stdin, stdout: stdout, stderr: stderr}
 }
 
 // compat reports whether the program was called by qemu-nbd's name.

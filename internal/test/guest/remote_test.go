@@ -114,3 +114,206 @@ for kind in imgnbd qemu-nbd nbd-server nbdkit; do
 done
 `}, "sfdisk", "mkfs.ext4", "qemu-nbd", "nbd-server", "nbdkit")
 }
+
+// The server goes away for longer, comes back as another, and what tends the
+// device is ended in each way.
+func TestRemoteEnds(t *testing.T) {
+	run(t, vm.Options{Kernel: "6.12", Script: servers + `
+truncate -s 64M disk.raw
+established() { [ "$(grep -c ' 0100007F:2A3B 01 ' /proc/net/tcp)" = $1 ]; }
+write() { dd if=data of=/dev/nbd0 bs=1M conv=fsync status=none; }
+same() { cmp -n 4194304 data disk.raw; }
+head -c 4M /dev/urandom >data
+
+# Several connections, all of which are there again.
+serve imgnbd
+imgnbd -c /dev/nbd0 --connections=3 "$uri"
+established 3 || fail "$(cat /proc/net/tcp)"
+stop
+serve imgnbd
+eventually established 3
+write
+same
+
+# Away for too long: an error, and nobody waits for a device by force.
+stop
+imgnbd -d --force /dev/nbd0
+free /dev/nbd0
+serve imgnbd
+imgnbd -c /dev/nbd0 --dead-timeout=2 "$uri"
+stop
+eventually state away
+if write 2>err; then fail 'a write that nobody took'; fi
+grep -q 'Input/output error' err
+
+# Another export is not taken for it; the same one is, even now.
+mv disk.raw right
+truncate -s 32M disk.raw
+serve imgnbd
+sleep 3
+state away
+stop
+mv right disk.raw
+serve imgnbd
+eventually state live
+write
+same
+
+# A signal: what nobody has flushed is written.
+head -c 4M /dev/urandom >data
+exec 9</dev/nbd0
+dd if=data of=/dev/nbd0 bs=1M status=none
+pid=$(server /dev/nbd0)
+kill $pid
+sleep 0.5
+exec 9<&-
+eventually gone $pid
+free /dev/nbd0
+same
+
+# Death: the kernel goes on with the server.
+imgnbd -c /dev/nbd0 "$uri"
+pid=$(server /dev/nbd0)
+kill -KILL $pid
+eventually gone $pid
+state unattended
+head -c 4M /dev/urandom >data
+exec 9</dev/nbd0
+dd if=data of=/dev/nbd0 bs=1M status=none
+imgnbd -d /dev/nbd0 2>err || true # it stays until all have closed it
+exec 9<&-
+same
+eventually absent /sys/block/nbd0/pid
+imgnbd -c /dev/nbd0 "$uri"
+imgnbd -d /dev/nbd0
+free /dev/nbd0
+
+# One connection is all that some allow.
+stop
+imgnbd -f raw -t -b 127.0.0.1 -p 10811 -x disk disk.raw &
+serving=$!
+eventually reachable
+refused 'allows one connection, not 2' -- imgnbd -c /dev/nbd0 --connections=2 "$uri"
+refused 'no such export' -- imgnbd -c /dev/nbd0 nbd://127.0.0.1:10811/other
+free /dev/nbd0
+kill $serving
+`})
+}
+
+// A server's export is swapped to.
+func TestRemoteSwap(t *testing.T) {
+	run(t, vm.Options{Kernel: "6.12", Script: servers + `
+truncate -s 128M disk.raw
+serve imgnbd
+imgnbd -c /dev/nbd0 --swap "$uri"
+mkswap -q /dev/nbd0
+swapon /dev/nbd0
+imgnbd devices | grep -q ' swap$'
+mount -t cgroup2 none /sys/fs/cgroup
+echo +memory >/sys/fs/cgroup/cgroup.subtree_control
+mkdir /sys/fs/cgroup/small
+echo 32M >/sys/fs/cgroup/small/memory.max
+# tail keeps a line in memory that has no end.
+bash -c 'echo $$ >/sys/fs/cgroup/small/cgroup.procs; head -c 80M /dev/zero | tr "\0" x | tail -n 1 | md5sum' >got
+head -c 80M /dev/zero | tr '\0' x | md5sum | cmp - got
+[ "$(sed -n 's/^pswpout //p' /proc/vmstat)" -gt 5000 ] || fail 'nothing was swapped'
+refused '/dev/nbd0 is swapped to' -- imgnbd -d /dev/nbd0
+swapoff /dev/nbd0
+imgnbd -d /dev/nbd0
+stop
+`})
+}
+
+// By the name of nbd-client, its scripts go on.
+func TestAsNBDClient(t *testing.T) {
+	run(t, vm.Options{Kernel: "6.12", Env: pkiEnv(t), Script: servers + `
+ln -s "$(command -v imgnbd)" nbd-client
+real=$(command -v nbd-client)
+truncate -s 16M disk.raw
+mkfs.ext4 -q disk.raw
+mkdir m
+serve imgnbd
+run() { echo "$("$@" 2>&1) $?"; }
+both() {
+    local theirs ours
+    theirs=$(run $real "$@")
+    $real -d /dev/nbd0
+    eventually absent /sys/block/nbd0/pid
+    ours=$(run ./nbd-client "$@")
+    [ "$theirs" = "$ours" ] || fail "$*: $ours, and not $theirs"
+}
+both -N disk 127.0.0.1 10811 /dev/nbd0
+./nbd-client -c /dev/nbd0 >pid
+[ "$(cat pid)" = "$(server /dev/nbd0)" ]
+[ "$(cat /proc/$(server /dev/nbd0)/comm)" = nbd-client ]
+$real -c /dev/nbd0 >pid
+mount /dev/nbd0 m
+fill m
+refused "is mounted on $PWD/m" 'imgnbd -d --force' -- ./nbd-client -d /dev/nbd0
+umount m
+[ -z "$(./nbd-client -d /dev/nbd0 2>&1)" ]
+free /dev/nbd0
+if ./nbd-client -c /dev/nbd0; then fail 'it is attached'; fi
+[ "$(./nbd-client -d /dev/nbd0 2>&1)" = 'nbd-client: warning: /dev/nbd0: not attached' ]
+
+# Without -persist the device fails when the server ends, as nbd-client's does.
+./nbd-client -N disk -b 4096 -R 127.0.0.1 10811 /dev/nbd0
+[ "$(blockdev --getss --getro /dev/nbd0 | tr '\n' ' ')" = '4096 1 ' ]
+pid=$(server /dev/nbd0)
+stop
+eventually gone $pid
+state dead
+if dd if=/dev/nbd0 of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null; then fail 'somebody answers'; fi
+imgnbd -d /dev/nbd0
+free /dev/nbd0
+
+# With it, the server may come back. The process is marked for systemd.
+serve imgnbd
+./nbd-client -N disk -persist -systemd-mark -C 2 127.0.0.1 10811 /dev/nbd0
+pid=$(server /dev/nbd0)
+[ "$(head -c 1 /proc/$pid/cmdline)" = @ ] || fail "$(cat /proc/$pid/cmdline)"
+[ "$(cat /proc/$pid/comm)" = nbd-client ]
+stop
+eventually state away
+serve imgnbd
+mount /dev/nbd0 m
+verify m
+umount m
+$real -d /dev/nbd0
+eventually gone $pid
+free /dev/nbd0
+
+# nbdtab, also for the program by its own name.
+cat >/etc/nbdtab <<.
+nbd0 127.0.0.1 disk port=10811,conns=2 # a comment
+nbd1 $PWD/s disk unix,bs=1024
+.
+[ "$(./nbd-client nbd0)" = 'Negotiation: ..size = 16MB
+Negotiation: ..size = 16MB
+Connected /dev/nbd0' ]
+imgnbd -d /dev/nbd0
+imgnbd -c nbd0 -r
+[ "$(blockdev --getro /dev/nbd0)" = 1 ]
+grep -q '"connections":2' /run/imgnbd/nbd0.json
+imgnbd -d /dev/nbd0
+refused '/etc/nbdtab: there is no line for nbd9' -- imgnbd -c /dev/nbd9
+stop
+serve qemu-nbd
+./nbd-client nbd1 >/dev/null
+[ "$(blockdev --getss /dev/nbd1)" = 1024 ]
+imgnbd devices | grep -F -q "nbd+unix:///disk?socket=$PWD/s"
+./nbd-client -d /dev/nbd1
+stop
+
+# TLS, with a certificate of our own.
+serve nbdkit
+./nbd-client -N disk -A "$CLIENT/ca-cert.pem" -F "$CLIENT/client-cert.pem" -K "$CLIENT/client-key.pem" localhost 10812 /dev/nbd0 >/dev/null
+mount -o ro /dev/nbd0 m
+verify m
+umount m
+./nbd-client -d /dev/nbd0
+free /dev/nbd0
+refused 'certificate' -- ./nbd-client -N disk -A "$CLIENT/ca-cert.pem" -F "$CLIENT/client-cert.pem" -K "$CLIENT/client-key.pem" -H elsewhere localhost 10812 /dev/nbd0
+stop
+`}, "nbd-client", "nbdkit", "mkfs.ext4", "qemu-nbd")
+}
