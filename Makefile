@@ -74,6 +74,10 @@ fuzz: ## each fuzz target for FUZZTIME=10s
 bench: judges ## speed beside qemu-nbd, nbdkit and nbd-server, 3 minutes; BENCH=-full for all of it
 	$(GO) run ./internal/test/bench $(BENCH)
 
+.PHONY: bench-device
+bench-device: judges ## what an attached device costs its server, beside qemu-nbd, in a guest; 10 minutes
+	$(GO) test ./internal/test/guest -run '^$$' -bench Device -benchtime 1x -timeout 2h -v
+
 .PHONY: cover
 cover: ## which lines the tests reach, as coverage.html
 	$(GO) test -coverprofile coverage.out -coverpkg ./... $(PKG)
