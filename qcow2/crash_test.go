@@ -64,11 +64,26 @@ func crashRuns(short uint64) uint64 {
 	return short
 }
 
+// crashPoints is how many power cuts are looked at: so many more in the long
+// form, IMGNBD_CRASH.
+func crashPoints() int {
+	if os.Getenv("IMGNBD_CRASH") != "" {
+		return 100_000
+	}
+	return 5_000
+}
+
 func TestCrash(t *testing.T) {
+	var all simTally
+	kinds := 0
 	for i := range simKinds {
 		k := &simKinds[i]
 		t.Run(k.name, func(t *testing.T) {
 			var tally simTally
+			defer func() {
+				kinds++
+				all.add(&tally)
+			}()
 			for seed := range crashRuns(2) {
 				s := newSim(t, k, seed, defects{})
 				if err := s.run(); err != nil {
@@ -84,6 +99,10 @@ func TestCrash(t *testing.T) {
 			}
 			t.Logf("%+v", tally)
 		})
+	}
+	t.Logf("%d power cuts, and %d while a successor took over after %d kills", all.cuts, all.killCuts, all.kills)
+	if n := all.cuts + all.killCuts; kinds == len(simKinds) && n < crashPoints() {
+		t.Errorf("%d power cuts, but %d are promised", n, crashPoints())
 	}
 }
 

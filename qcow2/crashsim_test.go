@@ -405,6 +405,15 @@ type simTally struct {
 	kills, killCuts            int // takeovers, and power cuts during them
 }
 
+func (t *simTally) add(more *simTally) {
+	t.cuts += more.cuts
+	t.reads += more.reads
+	t.leaky += more.leaky
+	t.judged += more.judged
+	t.kills += more.kills
+	t.killCuts += more.killCuts
+}
+
 // verify looks at a share of the crash points, and returns what is wrong with
 // the first that is. At some it kills the process instead, and lets another
 // take over.

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -45,6 +46,20 @@ var hardRepairs = map[string]func(e *editor){
 		for i := range int64(20) {
 			e.xor(e.l2(0, i), flagCopied)
 		}
+	},
+	"bitmaps": func(e *editor) {
+		x, err := e.h.bitmapsExtension()
+		if err != nil {
+			e.t.Fatal(err)
+		}
+		e.put(int64(e.word(int64(x.offset))), 513)
+	},
+	"bitmap directory": func(e *editor) {
+		x, err := e.h.bitmapsExtension()
+		if err != nil {
+			e.t.Fatal(err)
+		}
+		e.put(int64(x.offset), 512)
 	},
 	"bits": func(e *editor) { e.xor(72, uint64(incompatCorrupt|incompatDirty)); e.put(e.l2(0, 7), 0) },
 }
@@ -126,10 +141,12 @@ func onStore(b []byte, info storage.Info) []byte {
 func TestRepairPowerCut(t *testing.T) {
 	qemu.Require(t, "qemu-img", "qemu-io")
 	base := repairBase(t)
-	samples := 2
+	samples := int(min(crashRuns(2), 20))
 	if testing.Short() {
 		samples = 1
 	}
+	var points atomic.Int64
+	t.Cleanup(func() { t.Logf("%d power cuts while images were repaired", points.Load()) })
 	for name, change := range hardRepairs {
 		for kind, info := range repairStores {
 			if name == "cut off" && info.FixedSize {
@@ -153,6 +170,7 @@ func TestRepairPowerCut(t *testing.T) {
 				for i, e := range events {
 					disk.Step(e)
 					for range samples {
+						points.Add(1)
 						if err := soundAfterRepair(t, storagetest.MemOf(disk.Crash()[0]), before); err != nil {
 							t.Fatalf("power cut after event %d of %d: %v", i, len(events), err)
 						}

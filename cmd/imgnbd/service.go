@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -21,6 +22,9 @@ import (
 // drainTime is how long clients have to take the replies to what they had
 // asked for when the server was told to stop.
 const drainTime = 10 * time.Second
+
+// closeTime is how long an image that is told to hurry has to be closed.
+const closeTime = 3 * time.Second
 
 // A service is the bare command while it runs.
 type service struct {
@@ -40,6 +44,8 @@ type service struct {
 	report   func(*connect.Attachment) string // what is printed when it is there; nil: as usual
 	pid      io.Closer                        // the file, nil if there is none
 	command  *exec.Cmd                        // of --run, nil if there is none
+	stalled  bool                             // clients were cut off whose requests have not ended
+	hurried  atomic.Bool                      // a second signal has come
 	ended    chan error
 }
 
@@ -59,7 +65,7 @@ func (s *service) run(passed *os.File) (err error) {
 		return err
 	}
 	defer func() {
-		if e := s.device.Close(); err == nil {
+		if e := s.closeDevice(); err == nil {
 			err = e
 		}
 	}()
@@ -201,7 +207,9 @@ func (s *service) serve() error {
 			s.tellLimits()
 		}
 	}
-	serving.Wait()
+	if !s.stalled {
+		serving.Wait()
+	}
 	return err
 }
 
@@ -259,15 +267,39 @@ func (s *service) shutdown() error {
 	go func() {
 		select {
 		case <-s.signals:
+			s.hurried.Store(true)
 			cancel()
 		case <-ctx.Done():
 		}
 	}()
 	err := s.server.Shutdown(ctx)
 	if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+		s.stalled = true
 		return nil
 	}
 	return err
+}
+
+// closeDevice closes the image, which waits for what was asked of it. A medium
+// that does not answer would make that take for ever: who has sent a second
+// signal waits no longer than closeTime.
+func (s *service) closeDevice() error {
+	closed := make(chan error, 1)
+	go func() { closed <- s.device.Close() }()
+	var late <-chan time.Time
+	for {
+		if s.hurried.Load() && late == nil {
+			late = time.After(closeTime)
+		}
+		select {
+		case err := <-closed:
+			return err
+		case <-s.signals:
+			s.hurried.Store(true)
+		case <-late:
+			return &exit{1, fmt.Errorf("%s does not answer: given up without closing it", s.file)}
+		}
+	}
 }
 
 // visitors counts clients, to know when the last has left.
