@@ -154,10 +154,14 @@ type patient struct {
 	stderr strings.Builder
 }
 
-func (p *patient) start() {
+// start starts it at its socket, or where the options say.
+func (p *patient) start(where ...string) {
 	p.t.Helper()
 	p.stderr.Reset()
-	p.cmd = exec.Command(p.bin, append([]string{"--persistent", "--shared=0", "--socket=" + p.socket}, p.args...)...)
+	if where == nil {
+		where = []string{"--socket=" + p.socket}
+	}
+	p.cmd = exec.Command(p.bin, slices.Concat([]string{"--persistent", "--shared=0"}, where, p.args)...)
 	p.cmd.Stderr = &p.stderr
 	if err := p.cmd.Start(); err != nil {
 		p.t.Fatal(err)
