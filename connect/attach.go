@@ -88,6 +88,12 @@ type Attachment struct {
 	session *nbd.Session
 	lines   lines
 	relays  relays
+
+	// Of an image only: how others ask for the device, and what this process
+	// was handed when it asked itself.
+	control    *net.UnixListener
+	successors chan *Successor
+	handed     []Handed
 }
 
 // Path returns the name of the device.
@@ -117,7 +123,7 @@ func (a *Attachment) Close() error {
 		return a.record.f.Close()
 	}
 	a.relays.wait()
-	return a.record.close()
+	return errors.Join(a.stopListening(), a.record.close())
 }
 
 // Attach connects an export to the kernel. It returns when the device can be
@@ -140,10 +146,8 @@ func (h *host) attach(ctx context.Context, opt Options) (_ *Attachment, err erro
 			return nil, err
 		}
 	}
-	if opt.Log == nil {
-		opt.Log = slog.New(slog.DiscardHandler)
-	}
-	a := &Attachment{host: h, opt: opt, backend: newBackend()}
+	a := h.attachment(opt)
+	a.backend = newBackend()
 	conns, err := a.negotiate(ctx)
 	defer func() {
 		// The kernel has its own hold on the sockets. With ours they would
@@ -167,7 +171,7 @@ func (h *host) attach(ctx context.Context, opt Options) (_ *Attachment, err erro
 		if err == nil {
 			return
 		}
-		err = errors.Join(err, h.disconnect(a.index))
+		err = errors.Join(err, h.disconnect(a.index), a.stopListening())
 		if a.record != nil {
 			a.record.close()
 		}
@@ -182,9 +186,12 @@ func (h *host) attach(ctx context.Context, opt Options) (_ *Attachment, err erro
 		return nil, err
 	}
 	if opt.Server != "" {
-		if a.lines, err = h.watch(conns); err != nil {
-			return nil, err
-		}
+		a.lines, err = h.watch(conns)
+	} else {
+		err = a.listen()
+	}
+	if err != nil {
+		return nil, err
 	}
 	if err := h.setRequestTimer(a.index, &opt); err != nil {
 		return nil, err
@@ -196,6 +203,13 @@ func (h *host) attach(ctx context.Context, opt Options) (_ *Attachment, err erro
 		return nil, err
 	}
 	return a, nil
+}
+
+func (h *host) attachment(opt Options) *Attachment {
+	if opt.Log == nil {
+		opt.Log = slog.New(slog.DiscardHandler)
+	}
+	return &Attachment{host: h, opt: opt}
 }
 
 // negotiate opens the connections and finds what they are connected to. They

@@ -308,3 +308,12 @@ func (linux) syncFS(path string) error {
 	defer f.Close()
 	return unix.Syncfs(int(f.Fd()))
 }
+
+// peerOf returns who has connected to a Unix socket.
+func peerOf(fd int) (pid, uid int, err error) {
+	cred, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
+	if err != nil {
+		return 0, -1, err
+	}
+	return int(cred.Pid), int(cred.Uid), nil
+}

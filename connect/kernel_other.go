@@ -10,3 +10,5 @@ import (
 func newKernel() (kernel, error) {
 	return nil, fmt.Errorf("%w: they are Linux's, this is %s", ErrUnavailable, runtime.GOOS)
 }
+
+func peerOf(int) (pid, uid int, err error) { return 0, -1, ErrUnavailable }

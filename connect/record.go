@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -88,7 +89,16 @@ func readRecord(f *os.File) (r Record, err error) {
 	return r, err
 }
 
-func (r *record) close() error { return errors.Join(os.Remove(r.path), r.f.Close()) }
+func (r *record) close() error { return errors.Join(removeRecord(r.path), r.f.Close()) }
+
+// removeRecord also removes the socket that a server which died has left.
+func removeRecord(path string) error {
+	err := os.Remove(strings.TrimSuffix(path, ".json") + ".sock")
+	if errors.Is(err, os.ErrNotExist) {
+		err = nil
+	}
+	return errors.Join(err, os.Remove(path))
+}
 
 // isAt reports whether path is the name of f.
 func isAt(f *os.File, path string) bool {
@@ -177,7 +187,7 @@ func (s server) wait(ctx context.Context) error {
 		return fmt.Errorf("process %d has not finished with %s: %w", s.PID, s.Image, err)
 	}
 	if isAt(s.f, s.path) {
-		return os.Remove(s.path)
+		return removeRecord(s.path)
 	}
 	return nil
 }

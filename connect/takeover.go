@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"slices"
 	"syscall"
@@ -52,27 +53,34 @@ func (e *DifferentError) Error() string {
 // any more: writes that were answered are lost. The device fails from now on.
 var ErrGivenUp = errors.New("is given up, and fails from now on")
 
-// An Orphan is a device whose server, one of this module's, has died. While it
-// is held no other process can take the device over, and the old server is
-// gone for good: the kernel keeps the lock of a process until its last write
-// has ended, also of one that was stopped.
-type Orphan struct {
-	host   *host
-	index  int
-	record *record
+// A Predecessor is a server of this module's whose device another one is to
+// serve.
+//
+// One that has died is gone for good: the kernel keeps the lock of a process
+// until its last write has ended, also of one that was stopped. Who has the
+// Predecessor has that lock, and nobody else can take the device over. One that
+// lives has to hand the device over itself, see Receive.
+type Predecessor struct {
+	host    *host
+	index   int
+	record  *record
+	lives   bool
+	control *net.UnixConn // to one that lives, once it was asked
+	handed  []Handed
 }
 
-// FindOrphan returns the orphan that a device is; nil if it is not one. A
-// device whose server lives, be it stopped, is none.
-func FindOrphan(ctx context.Context, device string) (*Orphan, error) {
+// FindPredecessor returns the server of a device that has died; with live also
+// one that lives, if it can be asked to hand the device over. nil: there is
+// none.
+func FindPredecessor(ctx context.Context, device string, live bool) (*Predecessor, error) {
 	h, err := newHost()
 	if err != nil {
 		return nil, err
 	}
-	return h.findOrphan(ctx, device)
+	return h.findPredecessor(ctx, device, live)
 }
 
-func (h *host) findOrphan(ctx context.Context, device string) (*Orphan, error) {
+func (h *host) findPredecessor(ctx context.Context, device string, live bool) (*Predecessor, error) {
 	if device == Auto {
 		return nil, nil
 	}
@@ -100,12 +108,15 @@ func (h *host) findOrphan(ctx context.Context, device string) (*Orphan, error) {
 			// Nobody else writes to it now.
 			var r Record
 			if r, err = readRecord(f); err == nil && r.Backend == s.Backend {
-				return &Orphan{h, index, &record{r, s.path, f}}, nil
+				return &Predecessor{host: h, index: index, record: &record{r, s.path, f}}, nil
 			}
 		}
-		live := errors.Is(err, syscall.EWOULDBLOCK) && alive(f)
+		lives := errors.Is(err, syscall.EWOULDBLOCK) && alive(f)
 		f.Close()
-		if live {
+		switch {
+		case lives && live:
+			return h.livePredecessor(index, s.Record)
+		case lives:
 			return nil, nil
 		}
 		// Somebody has only looked at it, or has just detached it.
@@ -116,35 +127,47 @@ func (h *host) findOrphan(ctx context.Context, device string) (*Orphan, error) {
 }
 
 // Path returns the name of the device.
-func (o *Orphan) Path() string { return o.host.path(o.index) }
+func (p *Predecessor) Path() string { return p.host.path(p.index) }
 
 // Image returns the name of what it waits for.
-func (o *Orphan) Image() string { return o.record.Image }
+func (p *Predecessor) Image() string { return p.record.Image }
 
 // Identity returns what the dead server has noted.
-func (o *Orphan) Identity() Identity { return o.record.Identity }
+func (p *Predecessor) Identity() Identity { return p.record.Identity }
 
 // Connections returns how many the dead server had.
-func (o *Orphan) Connections() int { return o.record.Connections }
+func (p *Predecessor) Connections() int { return p.record.Connections }
 
-// Close leaves the device to wait for somebody else.
-func (o *Orphan) Close() error { return o.record.f.Close() }
+// Close leaves the device to wait for somebody else, or to a server that lives.
+func (p *Predecessor) Close() error {
+	for _, h := range p.handed {
+		h.Conn.Close()
+	}
+	var err error
+	if p.record.f != nil {
+		err = p.record.f.Close()
+	}
+	if p.control != nil {
+		err = errors.Join(err, p.control.Close())
+	}
+	return err
+}
 
 // Check returns a *DifferentError if one of these stores, in their order, or
 // of these properties is not as it was.
-func (o *Orphan) Check(offered string, stores []string, properties []Property) error {
+func (p *Predecessor) Check(offered string, stores []string, properties []Property) error {
 	for i, is := range stores {
 		was := "nothing more"
-		if i < len(o.record.Stores) {
-			was = o.record.Stores[i]
+		if i < len(p.record.Stores) {
+			was = p.record.Stores[i]
 		}
 		if was != is {
-			return &DifferentError{Path: o.Path(), Image: o.record.Image, Offered: offered, Was: was, Is: is}
+			return &DifferentError{Path: p.Path(), Image: p.record.Image, Offered: offered, Was: was, Is: is}
 		}
 	}
-	for _, p := range properties {
-		if was := o.record.property(p.Name); was != p.Value {
-			return &DifferentError{o.Path(), o.record.Image, offered, p.Name, orNone(was), orNone(p.Value)}
+	for _, is := range properties {
+		if was := p.record.property(is.Name); was != is.Value {
+			return &DifferentError{p.Path(), p.record.Image, offered, is.Name, orNone(was), orNone(is.Value)}
 		}
 	}
 	return nil
@@ -174,30 +197,33 @@ func orNone(s string) string {
 
 // GiveUp has the device fail, since nobody can have what its server had
 // answered. It returns why, which is an ErrGivenUp.
-func (o *Orphan) GiveUp(why string) error {
-	err := fmt.Errorf("%s %w: %s, so writes that its server had answered may be lost", o.Path(), ErrGivenUp, why)
-	return errors.Join(err, o.host.disconnect(o.index), o.record.close())
+func (p *Predecessor) GiveUp(why string) error {
+	err := fmt.Errorf("%s %w: %s, so writes that its server had answered may be lost", p.Path(), ErrGivenUp, why)
+	return errors.Join(err, p.host.disconnect(p.index), p.record.close())
 }
 
 // TakeOver gives the device new connections, as many as it had. It returns
 // when the device answers by them: what waits in the kernel goes on. The
-// Orphan is the Attachment's then; on an error it is still held, and the
+// Predecessor is the Attachment's then; on an error it is still held, and the
 // device goes on waiting.
-func (o *Orphan) TakeOver(ctx context.Context, opt Options) (*Attachment, error) {
-	if opt.Connections != o.record.Connections {
-		return nil, fmt.Errorf("%s had %d connections, not %d", o.Path(), o.record.Connections, opt.Connections)
+func (p *Predecessor) TakeOver(ctx context.Context, opt Options) (*Attachment, error) {
+	if opt.Connections != p.record.Connections {
+		return nil, fmt.Errorf("%s had %d connections, not %d", p.Path(), p.record.Connections, opt.Connections)
 	}
-	if err := o.Check(opt.Image, opt.Identity.Stores, opt.Identity.Properties); err != nil {
+	if err := p.Check(opt.Image, opt.Identity.Stores, opt.Identity.Properties); err != nil {
 		return nil, err
 	}
-	if was, is := len(o.record.Stores), len(opt.Identity.Stores); was != is {
-		return nil, &DifferentError{o.Path(), o.record.Image, opt.Image, "files", fmt.Sprint(was), fmt.Sprint(is)}
+	if was, is := len(p.record.Stores), len(opt.Identity.Stores); was != is {
+		return nil, &DifferentError{p.Path(), p.record.Image, opt.Image, "files", fmt.Sprint(was), fmt.Sprint(is)}
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("%s does not answer, after %v", o.Path(), patience))
+	if p.lives {
+		return p.succeed(ctx, opt)
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("%s does not answer, after %v", p.Path(), patience))
 	defer cancel()
 	var asking bool
 	answers := make(chan error, 1)
-	a := &Attachment{host: o.host, opt: opt, index: o.index, backend: o.record.Backend, record: o.record}
+	a := p.attachment(opt)
 	for {
 		c, err := a.connectAnew(ctx)
 		if err != nil {
@@ -208,13 +234,13 @@ func (o *Orphan) TakeOver(ctx context.Context, opt Options) (*Attachment, error)
 		// says that one was taken. To have sent too many does no harm.
 		if !asking {
 			asking = true
-			go func() { answers <- o.host.readBlock(o.Path(), int(c.blockSize)) }()
+			go func() { answers <- p.host.readBlock(p.Path(), int(c.blockSize)) }()
 		}
 		select {
 		case err = <-answers:
 			if err == nil {
-				o.record.PID, o.record.Image = os.Getpid(), opt.Image
-				return a, o.record.write()
+				p.record.PID, p.record.Image = os.Getpid(), opt.Image
+				return a, errors.Join(p.record.write(), a.listen())
 			}
 			asking = false
 			if sleep(ctx, 20*time.Millisecond) != nil {
@@ -227,11 +253,16 @@ func (o *Orphan) TakeOver(ctx context.Context, opt Options) (*Attachment, error)
 	}
 }
 
+func (p *Predecessor) attachment(opt Options) *Attachment {
+	a := p.host.attachment(opt)
+	a.index, a.backend, a.record = p.index, p.record.Backend, p.record
+	return a
+}
+
 // connectAnew negotiates and hands the connections to the kernel, if what is
 // at their other ends is what was there before.
 func (a *Attachment) connectAnew(ctx context.Context) (*config, error) {
-	a.session = nil
-	conns, err := a.negotiate(ctx)
+	c, conns, err := a.look(ctx)
 	defer func() {
 		for _, conn := range conns {
 			conn.Close()
@@ -240,23 +271,34 @@ func (a *Attachment) connectAnew(ctx context.Context) (*config, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, err := a.opt.config(a.session)
-	if err != nil {
-		return nil, err
-	}
-	o := Orphan{a.host, a.index, a.record}
-	if err := o.Check(a.opt.Image, nil, c.properties()); err != nil {
-		return nil, err
-	}
-	if size := a.host.size(a.index); size != c.size { // the kernel's word counts
-		return nil, &DifferentError{a.Path(), o.Image(), a.opt.Image, "size", fmt.Sprint(size), fmt.Sprint(c.size)}
-	}
 	err = a.attached(conns...)
 	if errors.Is(err, ErrNotAttached) {
 		return nil, fmt.Errorf("%s was detached, and stays only until all have closed it: %w", a.Path(),
 			&BusyError{a.Path(), append(a.host.holders(a.index), a.host.openers(a.index)...)})
 	}
 	return c, err
+}
+
+// look negotiates with what there is now, and compares. The connections are
+// the caller's to close, also on an error.
+func (a *Attachment) look(ctx context.Context) (*config, []net.Conn, error) {
+	a.session = nil
+	conns, err := a.negotiate(ctx)
+	if err != nil {
+		return nil, conns, err
+	}
+	c, err := a.opt.config(a.session)
+	if err != nil {
+		return nil, conns, err
+	}
+	p := Predecessor{host: a.host, index: a.index, record: a.record}
+	if err := p.Check(a.opt.Image, nil, c.properties()); err != nil {
+		return nil, conns, err
+	}
+	if size := a.host.size(a.index); size != c.size { // the kernel's word counts
+		return nil, conns, &DifferentError{a.Path(), p.Image(), a.opt.Image, "size", fmt.Sprint(size), fmt.Sprint(c.size)}
+	}
+	return c, conns, nil
 }
 
 // properties are those that negotiation tells.

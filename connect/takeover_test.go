@@ -34,11 +34,11 @@ func different(change func(*Identity)) Options {
 }
 
 // orphan returns a device whose server has died.
-func orphan(t *testing.T, h *host, peers ...peer) *Orphan {
+func orphan(t *testing.T, h *host, peers ...peer) *Predecessor {
 	t.Helper()
 	a := attach(t, h, offer("/dev/nbd1", peers...))
 	a.record.f.Close()
-	o, err := h.findOrphan(limited(t), "/dev/nbd1")
+	o, err := h.findPredecessor(limited(t), "/dev/nbd1", false)
 	if err != nil || o == nil {
 		t.Fatalf("%v, %v", o, err)
 	}
@@ -62,7 +62,7 @@ func TestTakeOver(t *testing.T) {
 	if d := h.devices(); len(d) != 1 || d[0].Image != "/disk" {
 		t.Errorf("%+v", d)
 	}
-	if again, err := h.findOrphan(limited(t), "/dev/nbd1"); again != nil || err != nil {
+	if again, err := h.findPredecessor(limited(t), "/dev/nbd1", false); again != nil || err != nil {
 		t.Errorf("%v, %v: there are two", again, err)
 	}
 
@@ -86,8 +86,8 @@ func TestTakeOver(t *testing.T) {
 	if s := h.server(1); !s.alive() || s.PID != os.Getpid() || s.Image != "/other name of it" || s.Journal != "J" {
 		t.Errorf("%+v", s)
 	}
-	if o, err := h.findOrphan(limited(t), "/dev/nbd1"); o != nil || err != nil {
-		t.Errorf("a live device is an orphan: %v, %v", o, err)
+	if o, err := h.findPredecessor(limited(t), "/dev/nbd1", false); o != nil || err != nil {
+		t.Errorf("a live server has died: %v, %v", o, err)
 	}
 	if err := errors.Join(a.Detach(limited(t), false), a.Close()); err != nil {
 		t.Error(err)
@@ -127,13 +127,13 @@ func TestTakeOverRefused(t *testing.T) {
 		if err := o.Close(); err != nil {
 			t.Error(err)
 		}
-		if next, err := h.findOrphan(limited(t), "/dev/nbd1"); next == nil {
+		if next, err := h.findPredecessor(limited(t), "/dev/nbd1", false); next == nil {
 			t.Errorf("%q: it does not wait on: %v", want, err)
 		}
 	}
 }
 
-func TestOrphanCheck(t *testing.T) {
+func TestPredecessorCheck(t *testing.T) {
 	h, _ := newFake(t)
 	o := orphan(t, h, disk)
 	for _, test := range []struct {
@@ -178,24 +178,24 @@ func TestGiveUp(t *testing.T) {
 	}
 }
 
-func TestNoOrphan(t *testing.T) {
+func TestNoPredecessor(t *testing.T) {
 	h, k := newFake(t)
 	a := attach(t, h, to("/dev/nbd0", disk))
 	k.write("nbd2", "pid", "1") // by somebody else
 	k.write("nbd2", "size", "8")
 	for _, device := range []string{"/dev/nbd0", "/dev/nbd1", "/dev/nbd2", Auto} {
-		if o, err := h.findOrphan(limited(t), device); o != nil || err != nil {
+		if o, err := h.findPredecessor(limited(t), device, false); o != nil || err != nil {
 			t.Errorf("%s: %v, %v", device, o, err)
 		}
 	}
-	if _, err := h.findOrphan(limited(t), "/dev/sda"); err == nil {
+	if _, err := h.findPredecessor(limited(t), "/dev/sda", false); err == nil {
 		t.Error("/dev/sda is one")
 	}
 	// What a dead server has left says nothing of what another program has
 	// attached since.
 	a.record.f.Close()
 	k.write("nbd0", "backend", "other")
-	if o, err := h.findOrphan(limited(t), "/dev/nbd0"); o != nil || err != nil {
+	if o, err := h.findPredecessor(limited(t), "/dev/nbd0", false); o != nil || err != nil {
 		t.Errorf("%v, %v", o, err)
 	}
 	// Without the record nobody knows what it was.
@@ -203,13 +203,13 @@ func TestNoOrphan(t *testing.T) {
 	if err := os.Remove(h.recordPath(0)); err != nil {
 		t.Fatal(err)
 	}
-	if o, err := h.findOrphan(limited(t), "/dev/nbd0"); o != nil || err != nil {
+	if o, err := h.findPredecessor(limited(t), "/dev/nbd0", false); o != nil || err != nil {
 		t.Errorf("%v, %v", o, err)
 	}
 }
 
 // Who looks at a record holds its lock for a moment, and is no server.
-func TestOrphanLookedAt(t *testing.T) {
+func TestPredecessorLookedAt(t *testing.T) {
 	h, _ := newFake(t)
 	a := attach(t, h, to("/dev/nbd0", disk))
 	a.record.f.Close()
@@ -221,7 +221,7 @@ func TestOrphanLookedAt(t *testing.T) {
 		t.Fatal(err)
 	}
 	time.AfterFunc(100*time.Millisecond, func() { f.Close() })
-	if o, err := h.findOrphan(limited(t), "/dev/nbd0"); o == nil || err != nil {
+	if o, err := h.findPredecessor(limited(t), "/dev/nbd0", false); o == nil || err != nil {
 		t.Errorf("%v, %v", o, err)
 	}
 }

@@ -26,6 +26,7 @@ type connectOptions struct {
 	deadTimeout time.Duration
 	swap        bool
 	force       bool
+	replace     bool // a server that lives
 
 	origin *origin // of the image, for whoever takes over its device; nil without one
 }
@@ -39,7 +40,7 @@ func (c *connectOptions) check(o *serveOptions) error {
 	case c.disconnect:
 		name = "disconnect"
 	case c.device == "":
-		for _, only := range []string{"connections", "block-size", "max-part", "timeout", "dead-timeout", "swap", "force"} {
+		for _, only := range []string{"connections", "block-size", "max-part", "timeout", "dead-timeout", "replace", "swap", "force"} {
 			if o.flags.Changed(only) {
 				return fmt.Errorf("--%s goes with --connect or --disconnect", only)
 			}
@@ -107,51 +108,71 @@ func (s *service) runConnected() (err error) {
 	if err := s.protect(); err != nil { // not all of it is allowed everywhere
 		s.u.logger(s.opt.verbose).Debug("not protected from a shortage of memory", "err", err)
 	}
-	orphan, err := s.findOrphan()
+	pred, err := s.findPredecessor(context.Background())
 	if err != nil {
 		return err
 	}
-	if orphan != nil {
-		defer orphan.Close()
+	if pred != nil {
+		defer pred.Close() // of no effect if the device is ours
 	}
+	a, err := s.begin(pred)
+	if a == nil || err != nil {
+		return err
+	}
+	err = s.serveDevice(a)
+	if gone, ok := errors.AsType[*departed](err); ok {
+		return gone.err
+	}
+	return errors.Join(err, s.shutdown(), s.device.Close(), a.Close())
+}
+
+// begin opens the image and connects it to the kernel. nil without an error: a
+// signal came first.
+func (s *service) begin(pred *connect.Predecessor) (_ *connect.Attachment, err error) {
 	s.device, err = unlessSignalled(s.signals, func(ctx context.Context) (image.Device, error) {
 		return s.opt.open(ctx, s.u, s.file)
 	})
-	if orphan != nil && err != nil {
-		return s.notTaken(orphan, err)
+	if pred != nil && err != nil {
+		return nil, s.notTaken(pred, err)
 	}
 	if s.device == nil || err != nil {
-		return err
+		return nil, err
 	}
-	var a *connect.Attachment
 	defer func() {
-		if orphan != nil && a == nil {
-			// It waits on, and its journal with it: what this process has not
-			// closed is as after its death.
-			return
-		}
-		err = errors.Join(err, s.device.Close())
-		if a != nil {
-			err = errors.Join(err, a.Close())
+		// What waits for another server needs its journal: what this process
+		// has not closed is as after its death.
+		if err != nil && (pred == nil || pred.Lives()) {
+			err = errors.Join(err, s.device.Close())
 		}
 	}()
+	e, err := s.newImageServer()
+	if err != nil {
+		return nil, err
+	}
+	settled := s.visitors.expect()
+	defer settled()
+	a, err := s.attachImage(pred, e)
+	if err == nil {
+		err = s.resume(a.Handed(), e)
+	}
+	if err != nil {
+		return nil, errors.Join(err, s.shutdown())
+	}
+	return a, nil
+}
+
+// newImageServer makes a server of the image that is open.
+func (s *service) newImageServer() (*export.Export, error) {
 	e, err := s.opt.export(s.file, s.device)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	e.MultiConn = s.opt.connect.connections > 1
-	e.Rotational = s.device.Info().Rotational
 	s.visitors = newVisitors()
 	s.server = s.opt.newServer(s.u, e, s.visitors)
 	s.server.Authorize = nil // the only client is ourselves
 	s.over = s.visitors.over
-	settled := s.visitors.expect()
-	a, err = s.attachImage(orphan, e)
-	settled()
-	if err == nil {
-		err = s.serveDevice(a)
-	}
-	return errors.Join(err, s.shutdown())
+	return e, nil
 }
 
 // protect is protectServer where the process is this program's.
@@ -164,8 +185,8 @@ func (s *service) protect() error {
 
 // attachImage gives the kernel its connections, each to a server that is here,
 // for a new device or for one that waits.
-func (s *service) attachImage(orphan *connect.Orphan, e *export.Export) (*connect.Attachment, error) {
-	return s.attach(orphan, connect.Options{
+func (s *service) attachImage(pred *connect.Predecessor, e *export.Export) (*connect.Attachment, error) {
+	return s.attach(pred, connect.Options{
 		Export:   e.Name,
 		Image:    s.opt.connect.origin.name,
 		Identity: s.opt.connect.origin.identity(s.opt, e),
@@ -182,7 +203,7 @@ func (s *service) attachImage(orphan *connect.Orphan, e *export.Export) (*connec
 
 // attach adds to opt what the command line says of the device. A signal ends
 // the waiting.
-func (s *service) attach(orphan *connect.Orphan, opt connect.Options) (*connect.Attachment, error) {
+func (s *service) attach(pred *connect.Predecessor, opt connect.Options) (*connect.Attachment, error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	stopped := make(chan struct{})
@@ -199,8 +220,8 @@ func (s *service) attach(orphan *connect.Orphan, opt connect.Options) (*connect.
 	opt.ReadOnly, opt.BlockSize = s.opt.readOnly, c.blockSize
 	opt.Timeout, opt.DeadTimeout = c.timeout, c.deadTimeout
 	opt.Log = s.u.logger(s.opt.verbose)
-	if orphan != nil {
-		a, err := orphan.TakeOver(ctx, opt)
+	if pred != nil {
+		a, err := pred.TakeOver(ctx, opt)
 		return a, differs(err)
 	}
 	a, err := connect.Attach(ctx, opt)
@@ -211,21 +232,32 @@ func (s *service) attach(orphan *connect.Orphan, opt connect.Options) (*connect.
 }
 
 // serveDevice tells everyone that the device is there, and returns when it no
-// longer is.
+// longer is. With a *departed it is there, without this process.
 func (s *service) serveDevice(a *connect.Attachment) error {
 	if err := s.announceDevice(a); err != nil {
 		return errors.Join(err, a.Detach(context.Background(), true))
 	}
+	defer s.closePID()
+	for {
+		select {
+		case <-s.over: // somebody has detached it
+			return nil
+		case successor := <-a.Successors():
+			if err := s.handOver(a, successor); err != nil {
+				return err
+			}
+		case <-s.signals:
+			notify("STOPPING=1")
+			return s.detach(a)
+		}
+	}
+}
+
+func (s *service) closePID() {
 	if s.pid != nil {
-		defer s.pid.Close()
+		s.pid.Close()
+		s.pid = nil
 	}
-	select {
-	case <-s.over: // somebody has detached it
-		return nil
-	case <-s.signals:
-	}
-	notify("STOPPING=1")
-	return s.detach(a)
 }
 
 // announceDevice is announce for a device.
@@ -238,7 +270,10 @@ func (s *service) announceDevice(a *connect.Attachment) (err error) {
 	if s.opt.verbose {
 		s.u.bare("NBD device " + a.Path() + " is now connected to " + s.file)
 	}
-	if err := os.Chdir("/"); err != nil { // keep no file system busy
+	if s.home, err = os.Getwd(); err == nil {
+		err = os.Chdir("/") // keep no file system busy
+	}
+	if err != nil {
 		return err
 	}
 	var result string

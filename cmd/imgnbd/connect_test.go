@@ -25,6 +25,7 @@ func TestConnectOptions(t *testing.T) {
 		"--force disk":                               "--force goes with --connect or --disconnect",
 		"--connections 2 disk":                       "--connections goes with --connect or --disconnect",
 		"--max-part 8 disk":                          "--max-part goes with --connect or --disconnect",
+		"--replace disk":                             "--replace goes with --connect or --disconnect",
 		"--dead-timeout 8 disk":                      "--dead-timeout goes with --connect or --disconnect",
 		"-c auto --dead-timeout -1 disk":             "--dead-timeout=-1 is not a number of seconds",
 		"-c auto --connections 0 disk":               "--connections=0 is not a number of connections",
@@ -94,6 +95,15 @@ func TestRemoteDial(t *testing.T) {
 		}
 		conn.Close()
 		r.uri.Address = "nohost.invalid:" + port
+	}
+}
+
+// The mark that asks systemd to spare a process is not part of its name.
+func TestSurvivorMark(t *testing.T) {
+	for called, want := range map[string]string{"@imgnbd": "imgnbd: ", "@/usr/bin/qemu-nbd": "qemu-nbd: "} {
+		if o := ours(called, "-c", "auto", "-d", "disk"); !strings.HasPrefix(o.Stderr, want) {
+			t.Errorf("%s: %+v", called, o)
+		}
 	}
 }
 

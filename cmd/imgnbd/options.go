@@ -268,6 +268,7 @@ func newServeOptions() *serveOptions {
 		o.connect.deadTimeout = time.Duration(n) * time.Second
 		return nil
 	})
+	fs.BoolVar(&o.connect.replace, "replace", false, "")
 	fs.BoolVar(&o.connect.force, "force", false, "")
 	value(fs, "user", "", func(s string) (err error) {
 		o.confinement.user, err = sandbox.LookupUser(s)
@@ -282,7 +283,7 @@ func newServeOptions() *serveOptions {
 	})
 	fs.BoolVar(&o.confinement.untrusted, "untrusted", false, "")
 	value(fs, "journal", "", o.journal.set)
-	for _, name := range []string{"journal", "stdio", "run", "vsock", "partition", "backing", "backing-dir", "tls-mode", "allow", "deny", "allow-file", "socket-mode", "connections", "block-size", "timeout", "swap", "max-part", "dead-timeout", "force",
+	for _, name := range []string{"journal", "stdio", "run", "vsock", "partition", "backing", "backing-dir", "tls-mode", "allow", "deny", "allow-file", "socket-mode", "connections", "block-size", "timeout", "swap", "max-part", "dead-timeout", "replace", "force",
 		"user", "sandbox", "untrusted", "memory"} {
 		fs.SetAnnotation(name, own, nil)
 	}

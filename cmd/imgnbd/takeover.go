@@ -21,8 +21,8 @@ import (
 // An origin is where the bytes of a device come from, as seen while its image
 // is opened: a server that takes the device over must find the same.
 type origin struct {
-	name   string          // of the image, for people
-	orphan *connect.Orphan // that the image is for; nil: it is for a new device
+	name string               // of the image, for people
+	pred *connect.Predecessor // that had the device before; nil: nobody
 
 	stores  []string // in the order in which they are first opened
 	journal string   // the holder of the journal
@@ -31,10 +31,10 @@ type origin struct {
 }
 
 // newOrigin returns what watches the opening of file.
-func newOrigin(file string, orphan *connect.Orphan) (*origin, error) {
-	o := &origin{name: file, orphan: orphan, journal: rand.Text()}
-	if orphan != nil && orphan.Identity().Journal != "" {
-		o.journal = orphan.Identity().Journal
+func newOrigin(file string, pred *connect.Predecessor) (*origin, error) {
+	o := &origin{name: file, pred: pred, journal: rand.Text()}
+	if o.continues() {
+		o.journal = pred.Identity().Journal
 	}
 	if _, err := os.Stat(file); err == nil { // it may also be json: or key=value
 		if o.name, err = filepath.Abs(file); err != nil {
@@ -44,8 +44,14 @@ func newOrigin(file string, orphan *connect.Orphan) (*origin, error) {
 	return o, nil
 }
 
+// continues reports whether the journal is one that has to be there: who lives
+// and hands over has closed his.
+func (o *origin) continues() bool {
+	return o.pred != nil && !o.pred.Lives() && o.pred.Identity().Journal != ""
+}
+
 // watch has chain tell what it opens, and lets it open nothing but what the
-// orphan waits for.
+// predecessor had.
 func (o *origin) watch(chain *image.Chain) {
 	for i, p := range chain.Protocols {
 		chain.Protocols[i].Open = func(ctx context.Context, u *url.URL, opt storage.Options) (storage.Store, error) {
@@ -61,7 +67,7 @@ func (o *origin) watch(chain *image.Chain) {
 	}
 	if files, ok := chain.Journals.(*journal.Files); ok {
 		files.Holder = o.journal
-		files.Continue = o.orphan != nil && o.orphan.Identity().Journal != ""
+		files.Continue = o.continues()
 		chain.Journals = watchedJournals{files, o}
 	}
 }
@@ -76,10 +82,10 @@ func (o *origin) saw(info storage.Info) error {
 		}
 	}
 	o.stores = append(o.stores, id)
-	if o.orphan == nil {
+	if o.pred == nil {
 		return nil
 	}
-	return o.orphan.Check(o.name, o.stores, nil)
+	return o.pred.Check(o.name, o.stores, nil)
 }
 
 type watchedJournals struct {
@@ -130,33 +136,41 @@ func (o *serveOptions) properties(name, format string) []connect.Property {
 	return append(p, connect.Property{Name: "options", Value: options})
 }
 
-// findOrphan looks whether the device waits for a server, and if so, whether
-// this may be it. Nothing is opened for writing before that is known: it may
-// be the image of another device that waits.
-func (s *service) findOrphan() (_ *connect.Orphan, err error) {
+// findPredecessor looks whether the device had a server that has died, or with
+// --replace one that lives, and if so, whether this may be the next one. Nothing
+// is opened for writing before that is known: it may be the image of another
+// device that waits.
+func (s *service) findPredecessor(ctx context.Context) (_ *connect.Predecessor, err error) {
 	c := &s.opt.connect
-	orphan, err := connect.FindOrphan(context.Background(), c.device)
+	pred, err := connect.FindPredecessor(ctx, c.device, c.replace)
 	if err != nil {
 		return nil, err
 	}
-	if c.origin, err = newOrigin(s.file, orphan); err != nil || orphan == nil {
+	if c.origin, err = newOrigin(s.file, pred); err != nil || pred == nil {
 		return nil, err
 	}
 	if !s.opt.flags.Changed("connections") {
-		c.connections = orphan.Connections()
+		c.connections = pred.Connections()
 	}
-	if err := s.recognise(orphan); err != nil {
-		return nil, errors.Join(err, orphan.Close())
+	err = s.recognise(pred)
+	switch {
+	case err != nil:
+	case pred.Lives() && s.opt.temporary:
+		err = errors.New("--replace and --snapshot exclude each other: a temporary overlay ends with its server")
+	case pred.Lives():
+		err = pred.Receive(ctx)
+	case pred.Identity().Volatile != "":
+		return nil, pred.GiveUp(pred.Identity().Volatile)
 	}
-	if why := orphan.Identity().Volatile; why != "" {
-		return nil, orphan.GiveUp(why)
+	if err != nil {
+		return nil, errors.Join(err, pred.Close())
 	}
-	return orphan, nil
+	return pred, nil
 }
 
-// recognise returns an error unless the image is the one that orphan waits
-// for, as far as that can be told without opening it.
-func (s *service) recognise(orphan *connect.Orphan) error {
+// recognise returns an error unless the image is the one that pred had,
+// as far as that can be told without opening it.
+func (s *service) recognise(pred *connect.Predecessor) error {
 	t, err := s.opt.images.target(s.file, s.opt.flags.Changed("format"), nbdWords)
 	if err != nil {
 		return err
@@ -173,17 +187,18 @@ func (s *service) recognise(orphan *connect.Orphan) error {
 		}
 		return t.failed(err)
 	}
-	return differs(orphan.Check(s.opt.connect.origin.name, nil, s.opt.properties(s.opt.connect.origin.name, in.Format)))
+	return differs(pred.Check(s.opt.connect.origin.name, nil, s.opt.properties(s.opt.connect.origin.name, in.Format)))
 }
 
 // notTaken says why an image that was recognised could not be opened.
-func (s *service) notTaken(orphan *connect.Orphan, err error) error {
+func (s *service) notTaken(pred *connect.Predecessor, err error) error {
 	_, passing := errors.AsType[syscall.Errno](err)
 	switch {
+	case pred.Lives():
 	case errors.Is(err, journal.ErrGone):
-		return orphan.GiveUp(journal.ErrGone.Error())
+		return pred.GiveUp(journal.ErrGone.Error())
 	case errors.Is(err, image.ErrJournal) && !passing:
-		return errors.Join(err, orphan.GiveUp("its journal cannot be brought back"))
+		return errors.Join(err, pred.GiveUp("its journal cannot be brought back"))
 	}
 	return differs(err)
 }

@@ -84,7 +84,8 @@ lost() {
     local dev=$1
     shift
     refused "$dev is given up, and fails from now on" "$1" -- imgnbd -c $dev -f qcow2 "${@:2}"
-    eventually free $dev
+    eventually absent /sys/block/${dev##*/}/pid
+    free $dev
 }
 die /dev/nbd1
 imgnbd -f qcow2 -k "$PWD/s" --fork -t --pid-file=$PWD/pid other.qcow2
@@ -117,9 +118,10 @@ rm /run/imgnbd/*.journal /dev/shm/imgnbd-0/*.journal 2>/dev/null || true
 refused 'is given up' 'its journal is gone' -- imgnbd -c /dev/nbd0 -f qcow2 disk.qcow2
 head -c 1M /dev/urandom >m/dirty 2>/dev/null || true
 if sync m/dirty 2>/dev/null; then fail 'a write that nobody took'; fi
-refused '/dev/nbd0 is in use' -- imgnbd -c /dev/nbd0 -f qcow2 disk.qcow2
+refused 'in use' -- imgnbd -c /dev/nbd0 -f qcow2 disk.qcow2
 umount m
-eventually free /dev/nbd0
+eventually absent /sys/block/nbd0/pid
+free /dev/nbd0
 
 # The layers below have to be the same, too.
 imgnbd -c /dev/nbd0 -f qcow2 top.qcow2
@@ -253,6 +255,80 @@ dd if=/dev/zero of=/dev/nbd0 bs=4k count=1 oflag=direct status=none
 imgnbd -d /dev/nbd0
 free /dev/nbd0
 `})
+		})
+	}
+}
+
+// A server is replaced by another while its device is written to: no request
+// waits for a timer, and nobody sees an error. What the successor cannot take
+// stays where it is.
+func TestReplace(t *testing.T) {
+	for _, kernel := range kernels("6.12") {
+		t.Run(kernel, func(t *testing.T) {
+			run(t, vm.Options{Kernel: kernel, Memory: 1024, Script: `
+imgnbd create -q -f qcow2 disk.qcow2 200M
+imgnbd create -q -f qcow2 other.qcow2 200M
+mkdir m
+replace() { # CONNECTIONS
+local first fio old new i
+rm -f stop fio.runs failed
+imgnbd -v -c /dev/nbd0 --connections=$1 -f qcow2 --pid-file=$PWD/pid disk.qcow2 2>log &
+first=$!
+eventually grep -q 'is now connected' log
+mkfs.ext4 -q /dev/nbd0
+mount /dev/nbd0 m
+fill m
+head -c 16M /dev/zero >m/fio
+(
+    while [ ! -e stop ]; do
+        fio --name=w --filename=m/fio --size=16M --rw=randwrite --bsrange=4k-256k --ioengine=libaio --iodepth=32 --direct=1 \
+            --verify=crc32c --verify_fatal=1 >fio.log 2>&1 || { cp fio.log failed; break; }
+        echo >>fio.runs
+    done
+) &
+fio=$!
+sleep 1
+refused 'in use' -- imgnbd -c /dev/nbd0 -f qcow2 disk.qcow2
+refused 'which' -- imgnbd -c /dev/nbd0 --replace -f qcow2 other.qcow2
+refused 'with offset 0' -- imgnbd -c /dev/nbd0 --replace -f qcow2 -o 512 disk.qcow2
+for i in 1 2 3; do
+    old=$(server /dev/nbd0)
+    imgnbd -c /dev/nbd0 --replace -f qcow2 --pid-file=$PWD/pid disk.qcow2
+    new=$(server /dev/nbd0)
+    [ $new != $old ] && [ "$(cat pid)" = $new ] || fail "$old, $new, $(cat pid)"
+    eventually gone $old
+    [ $i != 1 ] || wait $first || fail "the first ends with $?: $(cat log)"
+    if [ $i = 2 ]; then # it fails late, and the old server goes on
+        imgnbd -c /dev/nbd1 -f raw other.qcow2
+        refused 'no journal' -- imgnbd -c /dev/nbd0 --replace --journal=/nonexistent -f qcow2 disk.qcow2
+        [ "$(server /dev/nbd0)" = $new ] || fail "$(cat /run/imgnbd/nbd0.json), not $new"
+        imgnbd -d /dev/nbd1
+    fi
+    if [ $i$1 = 31 ]; then # a crash in between
+        kill -KILL $new
+        eventually gone $new
+        imgnbd -c /dev/nbd0 --replace -f qcow2 --pid-file=$PWD/pid disk.qcow2
+    fi
+    sleep 0.3
+done
+touch stop
+wait $fio
+[ ! -e failed ] || fail "$(cat failed)"
+[ -s fio.runs ]
+umount m
+e2fsck -fn /dev/nbd0 >/dev/null
+mount /dev/nbd0 m
+verify m
+umount m
+imgnbd -d /dev/nbd0
+free /dev/nbd0
+}
+replace 1
+replace 3
+[ -z "$(ls /run/imgnbd)" ] || fail "$(ls /run/imgnbd)"
+imgnbd check -q -f qcow2 disk.qcow2
+if dmesg | grep -E 'I/O error|EXT4-fs error'; then fail 'the kernel saw errors'; fi
+`}, "mkfs.ext4", "e2fsck", "fio")
 		})
 	}
 }

@@ -1,0 +1,357 @@
+package connect
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+)
+
+// A server hands its device over to another process without the kernel
+// noticing: what moves is the server's end of each socket, with the lock on the
+// record. On the control socket beside the record
+//
+//	the successor connects;
+//	the server finishes, closes its image and sends a letter, with the record
+//	and the sockets as descriptors, and what has arrived on them;
+//	the successor opens the image, and says "taken";
+//	the server says "go" and ends.
+//
+// Before "go" the successor touches no socket, and after it the server does
+// not. If either end is gone before, the server goes on, or the device waits.
+
+const (
+	handoverTime = time.Minute // of a handover, for the successor to open the image
+	maxHanded    = 200         // connections; the kernel passes 253 descriptors at once
+)
+
+// A Handed connection is the server's end of one that the kernel has.
+type Handed struct {
+	Conn  net.Conn
+	Input []byte // has arrived, and begins with a request
+}
+
+// A letter says what comes with it.
+type letter struct {
+	Inputs []int `json:"inputs"` // lengths, in the order of the sockets
+}
+
+func (h *host) controlPath(index int) string { return filepath.Join(h.run, name(index)+".sock") }
+
+// A Successor is a process that wants to serve the device in place of this one.
+type Successor struct {
+	PID  int
+	conn *net.UnixConn
+}
+
+// Close turns the successor away.
+func (s *Successor) Close() error { return s.conn.Close() }
+
+// Successors are those that ask, one after the other.
+func (a *Attachment) Successors() <-chan *Successor { return a.successors }
+
+// listen begins to wait for successors.
+func (a *Attachment) listen() error {
+	path := a.host.controlPath(a.index)
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return err
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		return errors.Join(err, l.Close())
+	}
+	a.control, a.successors = l, make(chan *Successor)
+	go a.accept(l, a.successors)
+	return nil
+}
+
+// accept passes on who asks, until the listener is closed.
+func (a *Attachment) accept(l *net.UnixListener, to chan<- *Successor) {
+	defer close(to)
+	for {
+		conn, err := l.AcceptUnix()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil {
+			a.opt.Log.Warn("cannot accept a successor", "device", a.Path(), "err", err)
+			time.Sleep(time.Second)
+			continue
+		}
+		pid, uid, err := caller(conn)
+		if err != nil || uid != os.Geteuid() {
+			a.opt.Log.Warn("somebody else wants the device", "device", a.Path(), "uid", uid, "err", err)
+			conn.Close()
+			continue
+		}
+		to <- &Successor{pid, conn}
+	}
+}
+
+// stopListening ends accept. Nobody who asks is heard any more.
+func (a *Attachment) stopListening() error {
+	if a.control == nil {
+		return nil
+	}
+	err := a.control.Close()
+	a.control = nil
+	for s := range a.successors {
+		s.Close()
+	}
+	a.successors = nil
+	return err
+}
+
+// HandOver gives the device to a successor: the server's ends of its
+// connections, at which nobody may do anything until this returns, and the
+// image of which must be closed. taken means that the device is the
+// successor's, and this process is done with it; before is called when that is
+// certain, while the successor still waits. Otherwise the device is still
+// ours, and goes on with Keep.
+func (a *Attachment) HandOver(s *Successor, conns []Handed, before func()) (taken bool, err error) {
+	defer s.Close()
+	if err := s.conn.SetDeadline(time.Now().Add(handoverTime)); err != nil {
+		return false, err
+	}
+	if err := a.send(s.conn, conns); err != nil {
+		return false, fmt.Errorf("process %d: %w", s.PID, err)
+	}
+	if err := expect(s.conn, "taken\n"); err != nil {
+		return false, fmt.Errorf("process %d has not taken %s: %w", s.PID, a.Path(), err)
+	}
+	err = a.stopListening() // the place is the successor's
+	before()
+	if _, e := io.WriteString(s.conn, "go\n"); e != nil {
+		return false, fmt.Errorf("process %d: %w", s.PID, e)
+	}
+	for _, h := range conns {
+		h.Conn.Close()
+	}
+	return true, errors.Join(err, a.record.f.Close())
+}
+
+// Keep goes on with a device that nobody has taken, with what is noted for
+// whoever takes it over.
+func (a *Attachment) Keep(i Identity) error {
+	c, err := a.opt.config(a.session)
+	if err != nil {
+		return err
+	}
+	a.record.Identity = i.with(c.properties())
+	if err := a.record.write(); err != nil || a.control != nil {
+		return err
+	}
+	return a.listen()
+}
+
+func (a *Attachment) send(to *net.UnixConn, conns []Handed) error {
+	if len(conns) > maxHanded {
+		return fmt.Errorf("%d connections are too many to be handed over", len(conns))
+	}
+	files := []*os.File{a.record.f}
+	var l letter
+	var inputs []byte
+	for _, h := range conns {
+		fc, ok := h.Conn.(interface{ File() (*os.File, error) })
+		if !ok {
+			return fmt.Errorf("%T is not a socket", h.Conn)
+		}
+		f, err := fc.File()
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		files = append(files, f)
+		l.Inputs = append(l.Inputs, len(h.Input))
+		inputs = append(inputs, h.Input...)
+	}
+	text, err := json.Marshal(l)
+	if err != nil {
+		return err
+	}
+	return sendFiles(to, append(append(text, '\n'), inputs...), files)
+}
+
+// livePredecessor returns the server of a device, if it can be asked.
+func (h *host) livePredecessor(index int, r Record) (*Predecessor, error) {
+	if _, err := os.Stat(h.controlPath(index)); err != nil {
+		return nil, fmt.Errorf("%s: process %d cannot be asked to hand it over: %w", h.path(index), r.PID, err)
+	}
+	return &Predecessor{host: h, index: index, record: &record{r, h.recordPath(index), nil}, lives: true}, nil
+}
+
+// Lives reports whether the server lives, and is to hand the device over.
+func (p *Predecessor) Lives() bool { return p.lives }
+
+// Receive asks a server that lives, and waits until it has closed its image and
+// nothing but its sockets is left of it. It goes on as before unless TakeOver
+// succeeds.
+func (p *Predecessor) Receive(ctx context.Context) (err error) {
+	ctx, cancel := context.WithTimeout(ctx, handoverTime)
+	defer cancel()
+	failed := func(err error) error {
+		return fmt.Errorf("%s: process %d has not handed it over: %w", p.Path(), p.record.PID, err)
+	}
+	if p.control, err = net.DialUnix("unix", nil, &net.UnixAddr{Name: p.host.controlPath(p.index), Net: "unix"}); err != nil {
+		return failed(err)
+	}
+	stop := context.AfterFunc(ctx, func() { p.control.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	if _, uid, err := caller(p.control); err != nil || uid != os.Geteuid() {
+		return failed(fmt.Errorf("it belongs to user %d: %w", uid, cmp.Or(err, fs.ErrPermission)))
+	}
+	r, files, err := receiveFiles(p.control)
+	defer func() {
+		for _, f := range files {
+			f.Close()
+		}
+	}()
+	if err != nil {
+		return failed(err)
+	}
+	var l letter
+	in := bufio.NewReader(r)
+	line, err := in.ReadBytes('\n')
+	if err == nil {
+		err = json.Unmarshal(line, &l)
+	}
+	if err == nil && (len(files) != 1+len(l.Inputs) || len(l.Inputs) > maxHanded) {
+		err = fmt.Errorf("%d descriptors for %d connections", len(files), len(l.Inputs))
+	}
+	if err == nil && !isAt(files[0], p.record.path) {
+		err = errors.New("another record")
+	}
+	if err != nil {
+		return failed(err)
+	}
+	for i, n := range l.Inputs {
+		h := Handed{Input: make([]byte, min(max(n, 0), 1<<20))}
+		if _, err = io.ReadFull(in, h.Input); err == nil {
+			h.Conn, err = net.FileConn(files[1+i])
+		}
+		if err != nil {
+			return failed(err)
+		}
+		p.handed = append(p.handed, h)
+	}
+	p.record.f, files = files[0], files[1:]
+	return nil
+}
+
+// succeed takes the device from a server that lives.
+func (p *Predecessor) succeed(ctx context.Context, opt Options) (*Attachment, error) {
+	a := p.attachment(opt)
+	c, conns, err := a.look(ctx)
+	for _, conn := range conns {
+		conn.Close()
+	}
+	if err != nil {
+		return nil, err
+	}
+	r := p.record.Record
+	p.record.PID, p.record.Image, p.record.Identity = os.Getpid(), opt.Image, opt.Identity.with(c.properties())
+	if err := p.control.SetDeadline(time.Now().Add(handoverTime)); err != nil {
+		return nil, err
+	}
+	if _, err = io.WriteString(p.control, "taken\n"); err == nil {
+		err = expect(p.control, "go\n")
+	}
+	if err != nil {
+		p.record.Record = r
+		return nil, fmt.Errorf("%s: process %d: %w", p.Path(), r.PID, err)
+	}
+	a.handed, p.handed = p.handed, nil
+	return a, errors.Join(p.record.write(), a.listen())
+}
+
+// Handed are the connections of a device that was handed over; nobody serves
+// them yet.
+func (a *Attachment) Handed() []Handed { return a.handed }
+
+// expect reads a word.
+func expect(r io.Reader, word string) error {
+	b := make([]byte, len(word))
+	if _, err := io.ReadFull(r, b); err != nil {
+		return err
+	}
+	if string(b) != word {
+		return fmt.Errorf("unexpected word %q", b)
+	}
+	return nil
+}
+
+// caller returns who is at the other end.
+func caller(conn *net.UnixConn) (pid, uid int, err error) {
+	rc, err := conn.SyscallConn()
+	if err != nil {
+		return 0, -1, err
+	}
+	uid = -1
+	e := rc.Control(func(fd uintptr) { pid, uid, err = peerOf(int(fd)) })
+	return pid, uid, errors.Join(err, e)
+}
+
+// sendFiles sends text, the files with its first byte.
+func sendFiles(to *net.UnixConn, text []byte, files []*os.File) error {
+	var fds []int
+	for _, f := range files {
+		rc, err := f.SyscallConn() // Fd would make the socket a blocking one, here too
+		if err == nil {
+			err = rc.Control(func(fd uintptr) { fds = append(fds, int(fd)) })
+		}
+		if err != nil {
+			return err
+		}
+	}
+	n, _, err := to.WriteMsgUnix(text[:1], syscall.UnixRights(fds...), nil)
+	if err == nil && n == 1 {
+		_, err = to.Write(text[1:])
+	}
+	return err
+}
+
+// receiveFiles returns the files that come with the first byte, and all that is
+// sent.
+func receiveFiles(from *net.UnixConn) (io.Reader, []*os.File, error) {
+	var first [1]byte
+	rights := make([]byte, syscall.CmsgSpace(4*(1+maxHanded)))
+	n, got, flags, _, err := from.ReadMsgUnix(first[:], rights)
+	if err != nil {
+		return nil, nil, err
+	}
+	if n == 0 {
+		return nil, nil, io.ErrUnexpectedEOF
+	}
+	messages, err := syscall.ParseSocketControlMessage(rights[:got])
+	if err != nil {
+		return nil, nil, err
+	}
+	var files []*os.File
+	for _, m := range messages {
+		fds, err := syscall.ParseUnixRights(&m)
+		if err != nil {
+			return nil, files, err
+		}
+		for _, fd := range fds {
+			syscall.CloseOnExec(fd)
+			files = append(files, os.NewFile(uintptr(fd), "handed over"))
+		}
+	}
+	if flags&syscall.MSG_CTRUNC != 0 {
+		return nil, files, errors.New("not all descriptors have arrived")
+	}
+	return io.MultiReader(bytes.NewReader(first[:]), from), files, nil
+}

@@ -1,0 +1,192 @@
+package connect
+
+import (
+	"context"
+	"errors"
+	"io"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// lives returns the predecessor that a live server is.
+func lives(t *testing.T, h *host) *Predecessor {
+	t.Helper()
+	p, err := h.findPredecessor(limited(t), "/dev/nbd1", true)
+	if err != nil || p == nil || !p.Lives() {
+		t.Fatalf("%v, %v", p, err)
+	}
+	return p
+}
+
+// pair returns the server's end of a connection with what has arrived on it,
+// and the end of the kernel.
+func pair(t *testing.T, input string) (Handed, io.ReadWriter) {
+	t.Helper()
+	ours, theirs, err := SocketPair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { theirs.Close() })
+	return Handed{ours, []byte(input)}, theirs
+}
+
+type outcome struct {
+	taken bool
+	err   error
+}
+
+// handsOver has a server hand its device over to who asks first.
+func handsOver(a *Attachment, conns ...Handed) (<-chan outcome, *int) {
+	done, calls := make(chan outcome, 1), new(int)
+	go func() {
+		taken, err := a.HandOver(<-a.Successors(), conns, func() { *calls++ })
+		done <- outcome{taken, err}
+	}()
+	return done, calls
+}
+
+func TestHandOver(t *testing.T) {
+	h, k := newFake(t)
+	a := attach(t, h, offer("/dev/nbd1", disk))
+	one, end := pair(t, "")
+	two, other := pair(t, "half a request")
+
+	// A successor that changes its mind.
+	done, calls := handsOver(a, one, two)
+	p := lives(t, h)
+	if err := p.Receive(limited(t)); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if o := <-done; o.taken || o.err == nil || *calls != 0 {
+		t.Fatalf("%+v after %d calls", o, *calls)
+	}
+	again := identity
+	again.Journal = "K"
+	if err := a.Keep(again); err != nil {
+		t.Fatal(err)
+	}
+	if s := h.server(1); !s.alive() || s.Journal != "K" || s.property("size") != "1048576" {
+		t.Errorf("%+v", s)
+	}
+
+	// One that is something else.
+	done, _ = handsOver(a, one, two)
+	p = lives(t, h)
+	if err := p.Receive(limited(t)); err != nil {
+		t.Fatal(err)
+	}
+	_, err := p.TakeOver(limited(t), offer("", peer{size: 512, flags: writable}))
+	if _, ok := errors.AsType[*DifferentError](err); !ok {
+		t.Errorf("another size: %v", err)
+	}
+	p.Close()
+	if o := <-done; o.taken || o.err == nil {
+		t.Fatalf("%+v", o)
+	}
+
+	// One that is not.
+	k.log = nil
+	done, calls = handsOver(a, one, two)
+	p = lives(t, h)
+	if err := p.Receive(limited(t)); err != nil {
+		t.Fatal(err)
+	}
+	next := offer("", disk)
+	next.Identity.Journal = "L"
+	b, err := p.TakeOver(limited(t), next)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if o := <-done; !o.taken || o.err != nil || *calls != 1 {
+		t.Fatalf("%+v after %d calls", o, *calls)
+	}
+	if log := k.logged(); len(log) > 0 {
+		t.Errorf("the kernel has noticed: %q", log)
+	}
+	var inputs []string
+	for _, c := range b.Handed() {
+		inputs = append(inputs, string(c.Input))
+		if _, err := c.Conn.Write([]byte("x")); err != nil {
+			t.Error(err)
+		}
+		defer c.Conn.Close()
+	}
+	if diff := cmp.Diff([]string{"", "half a request"}, inputs); diff != "" {
+		t.Error(diff)
+	}
+	for _, e := range []io.Reader{end, other} {
+		if got, err := io.ReadAll(io.LimitReader(e, 1)); string(got) != "x" || err != nil {
+			t.Errorf("%q, %v", got, err)
+		}
+	}
+	if s := h.server(1); !s.alive() || s.Journal != "L" || s.PID != os.Getpid() {
+		t.Errorf("%+v", s)
+	}
+	// The lock goes with the device.
+	if p, err := h.findPredecessor(limited(t), "/dev/nbd1", false); p != nil || err != nil {
+		t.Errorf("%v, %v", p, err)
+	}
+	lives(t, h).Close()
+	if err := errors.Join(b.Detach(limited(t), false), b.Close()); err != nil {
+		t.Error(err)
+	}
+	if left, _ := os.ReadDir(h.run); len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
+}
+
+// A successor without a last word from its predecessor touches nothing.
+func TestHandOverBroken(t *testing.T) {
+	h, _ := newFake(t)
+	a := attach(t, h, offer("/dev/nbd1", disk))
+	one, _ := pair(t, "")
+	sent := make(chan error, 1)
+	go func() {
+		s := <-a.Successors()
+		err := a.send(s.conn, []Handed{one})
+		sent <- errors.Join(err, expect(s.conn, "taken\n"), s.Close())
+	}()
+	p := lives(t, h)
+	if err := p.Receive(limited(t)); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := p.TakeOver(limited(t), offer("", disk)); b != nil || !errors.Is(err, io.EOF) {
+		t.Errorf("%v, %v", b, err)
+	}
+	if err := <-sent; err != nil {
+		t.Error(err)
+	}
+	p.Close()
+
+	go func() { sent <- (<-a.Successors()).Close() }()
+	p = lives(t, h)
+	if err := p.Receive(limited(t)); err == nil || !strings.Contains(err.Error(), "has not handed it over") {
+		t.Error(err)
+	}
+	p.Close()
+	<-sent
+
+	// A server that nobody can talk to, and one that says nothing.
+	p = lives(t, h)
+	ctx, cancel := context.WithCancel(limited(t))
+	cancel()
+	if err := p.Receive(ctx); err == nil {
+		t.Error("it has received something")
+	}
+	p.Close()
+	if err := os.Remove(h.controlPath(1)); err != nil {
+		t.Fatal(err)
+	}
+	if p, err := h.findPredecessor(limited(t), "/dev/nbd1", true); p != nil || err == nil || !strings.Contains(err.Error(), "cannot be asked") {
+		t.Errorf("%v, %v", p, err)
+	}
+	if err := a.Close(); err != nil {
+		t.Error(err)
+	}
+}
