@@ -160,7 +160,7 @@ func marked(s storage.Store) int64 {
 // harmed, and no guest can write to the metadata. qemu-img agrees with repairs.
 func TestHostileImages(t *testing.T) {
 	qemu.Require(t, "qemu-img")
-	n := uint64(2000)
+	n := 2000 * crashRuns(1)
 	if testing.Short() {
 		n = 300
 	}

@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/imgnbd/imgnbd/image"
+	"github.com/imgnbd/imgnbd/internal/test/hostile"
 	"github.com/imgnbd/imgnbd/internal/test/qemu"
 	"github.com/imgnbd/imgnbd/storage"
 	"github.com/imgnbd/imgnbd/storage/storagetest"
@@ -281,3 +282,56 @@ func viewFuzz(t testing.TB, s storage.Store) guestView {
 type shared struct{ storage.Store }
 
 func (shared) Close() error { return nil }
+
+// TestRepairHostilePowerCut cuts the power while images are repaired that lie
+// in any way: what guests could read they can, and a repair that would have
+// come to a good end does so when it is begun again.
+func TestRepairHostilePowerCut(t *testing.T) {
+	n := 30 * crashRuns(4)
+	if testing.Short() {
+		n = 30
+	}
+	points, mended := 0, 0
+	for seed := range n {
+		r := rand.New(rand.NewPCG(seed, 9))
+		img := hostile.New(r.IntN, 4)
+		b := img.Parts[0].Data
+		before := viewFuzz(t, storagetest.MemOf(b))
+		log := new(storagetest.Log)
+		store := log.NewStore(b, repairStores[[]string{"file", "device"}[r.IntN(2)]])
+		said, _, err := repairStore(store, image.RepairAll)
+		good := err == nil && said.Corruptions == 0 && said.CheckErrors == 0
+		if size, err := store.Size(); err != nil || size > 4<<20 {
+			continue // it grew by what is not there, and would be slow
+		}
+		if good {
+			mended++
+		}
+		disk := log.NewDisk(r)
+		for i, e := range log.Events() {
+			disk.Step(e)
+			points++
+			cut := storagetest.MemOf(disk.Crash()[0])
+			err := before.kept(viewFuzz(t, cut))
+			if err == nil && good {
+				_, _, err = repairStore(cut, image.RepairAll)
+			}
+			if err == nil && good {
+				var res image.CheckResult
+				if res, _, err = repairStore(cut, image.RepairNothing); err == nil && res.Corruptions+res.Leaks+res.CheckErrors > 0 {
+					err = fmt.Errorf("%+v is left", res)
+				}
+			}
+			if err == nil {
+				err = before.kept(viewFuzz(t, cut))
+			}
+			if err != nil {
+				t.Fatalf("seed %d, power cut after event %d: %v; %s", seed, i, err, img.Name)
+			}
+		}
+	}
+	t.Logf("%d images, %d of them repaired: %d power cuts", n, mended, points)
+	if points == 0 || mended == 0 {
+		t.Error("nothing was tested")
+	}
+}

@@ -23,11 +23,12 @@ func checkCommand() *command {
 	c := newCommand("check")
 	var o imageOptions
 	var form outputForm
-	var quiet bool
+	var quiet, progress bool
 	o.addFormat(c.flags)
 	o.addImageOpts(c.flags)
 	form.add(c.flags)
 	c.flags.BoolVarP(&quiet, "quiet", "q", false, "")
+	c.flags.BoolVarP(&progress, "progress", "p", false, "")
 	o.addForceShare(c.flags)
 	o.addBacking(c.flags)
 	var repair image.Repair
@@ -60,6 +61,11 @@ func checkCommand() *command {
 			// To qemu-img these are no results.
 			Report: func(f image.Finding) { u.bare(f.Text) },
 		}
+		if progress && !quiet {
+			shown := progressOf(u)
+			what.Progress = shown.show
+			defer shown.end()
+		}
 		res, format, err := t.check(chain, what)
 		if err == nil && res.CorruptionsFixed+res.LeaksFixed > 0 {
 			if !quiet && !form.json {
@@ -88,6 +94,28 @@ func checkCommand() *command {
 	}
 	return c
 }
+
+// A progress shows how much is done, as qemu-img convert -p does.
+type progress struct {
+	u    *ui
+	last int64 // hundredths of a percent
+}
+
+func progressOf(u *ui) *progress { return &progress{u, -1} }
+
+func (p *progress) show(done, total int64) {
+	const whole = 10000
+	now := int64(whole)
+	if total > 0 {
+		now = int64(float64(min(done, total)) / float64(total) * whole)
+	}
+	if now != p.last {
+		p.last = now
+		fmt.Fprintf(p.u.stderr, "    (%d.%02d/100%%)\r", now/100, now%100)
+	}
+}
+
+func (p *progress) end() { fmt.Fprintln(p.u.stderr) }
 
 // check checks the image once.
 func (t *target) check(c *image.Chain, what image.CheckOptions) (image.CheckResult, string, error) {
