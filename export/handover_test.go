@@ -95,7 +95,7 @@ func TestHandOver(t *testing.T) {
 				defer close(rest)
 				p.conn.Write(make([]byte, 599000))
 			}()
-			s = handOver(t, s, e)
+			handOver(t, s, e)
 			<-rest
 			p.ok(nbd.CmdFlush, 0, 0, 0, nil)
 		})
