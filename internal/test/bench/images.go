@@ -84,7 +84,7 @@ func (i *images) get(w workload) (string, error) {
 			return "", err
 		}
 	default:
-		base, err := i.get(workload{kind: source})
+		base, err := i.get(workload{kind: kind{name: fmt.Sprint("source ", w.kind.times), format: "raw", times: w.kind.times}})
 		if err != nil {
 			return "", err
 		}
