@@ -122,15 +122,16 @@ func BenchmarkInflate(b *testing.B) {
 				}
 			}
 		})
-		b.Run(name+"/klauspost", func(b *testing.B) {
-			r := flate.NewReader(nil)
-			b.SetBytes(int64(len(p)))
-			for b.Loop() {
-				r.(flate.Resetter).Reset(bytes.NewReader(src), nil)
-				if _, err := io.ReadFull(r, got); err != nil {
-					b.Fatal(err)
+		for other, r := range map[string]io.Reader{"std": stdflate.NewReader(nil), "klauspost": flate.NewReader(nil)} {
+			b.Run(name+"/"+other, func(b *testing.B) {
+				b.SetBytes(int64(len(p)))
+				for b.Loop() {
+					r.(flate.Resetter).Reset(bytes.NewReader(src), nil)
+					if _, err := io.ReadFull(r, got); err != nil {
+						b.Fatal(err)
+					}
 				}
-			}
-		})
+			})
+		}
 	}
 }
