@@ -19,6 +19,7 @@ type device struct {
 	queue   taskList   // waiting for a worker
 	workers int
 	limit   int
+	run     func() // work, made once: a go statement with an argument is garbage
 
 	// A flush covers every write that has been answered, on any connection.
 	// So one Device.Flush serves all flushes that were asked for before it
@@ -34,7 +35,9 @@ type device struct {
 
 func newDevice(d image.Device) *device {
 	limit := min(max(4*runtime.GOMAXPROCS(0), d.Info().QueueDepth, 16), 64)
-	return &device{Device: d, limit: limit}
+	sh := &device{Device: d, limit: limit}
+	sh.run = sh.work
+	return sh
 }
 
 // submit has t done by a worker. It never waits: the budgets of connections
@@ -48,7 +51,7 @@ func (d *device) submit(t *task) {
 	}
 	d.mu.Unlock()
 	if start {
-		go d.work()
+		go d.run()
 	}
 }
 

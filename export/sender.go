@@ -27,11 +27,14 @@ type sender struct {
 	inProgress atomic.Int32 // requests in progress; changed under mu
 
 	out packer // of whoever is busy
+
+	finish func() // what a writer does, made once
 }
 
 func (s *sender) init(t transport, fail func(error), done func(*task)) {
 	s.t, s.fail, s.done = t, fail, done
 	s.changed.L = &s.mu
+	s.finish = func() { s.release(nil) }
 }
 
 // acquire waits for the right to write.
@@ -114,7 +117,7 @@ func (s *sender) enqueue(t *task) bool {
 // forward has a writer send the reply of t.
 func (s *sender) forward(t *task) {
 	if s.enqueue(t) {
-		go s.release(nil) // wait sees it by busy
+		go s.finish() // wait sees it by busy
 	}
 }
 
@@ -134,7 +137,11 @@ func (s *sender) post(t *task) {
 		}
 		s.mu.Unlock()
 	}
-	go s.release(err) // wait sees it by busy
+	if err != nil {
+		go s.release(err)
+		return
+	}
+	go s.finish() // wait sees both by busy
 }
 
 // writeOut sends what the packer holds. Without wait it may leave some, and

@@ -74,7 +74,7 @@ func newTransport(conn net.Conn) transport {
 		setSendBuffer(rc, sendBuffer)
 	}
 	s.rd.fn, s.rd.peek = s.readNow, s.peekNow
-	s.wr.fn, s.wr.poll = s.writeNow, s.pollNow
+	s.wr.fn, s.wr.poll = s.writeNow, s.roomNow
 	s.sf.fn, s.sf.use = s.sendFileNow, s.useFile
 	s.uq.fn = s.unreadNow
 	return s
@@ -119,19 +119,7 @@ func (s *socket) ready() (bool, error) {
 	return true, nil // an error of the socket is for read to find
 }
 
-func (s *socket) peekNow(fd uintptr) bool {
-	var b [1]byte
-	for {
-		_, _, err := unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK)
-		switch err {
-		case unix.EINTR:
-		case unix.EAGAIN:
-			return false
-		default:
-			return true
-		}
-	}
-}
+func (s *socket) peekNow(fd uintptr) bool { return pollNow(fd, unix.POLLIN) }
 
 func (s *socket) write(iov [][]byte, wait bool) ([][]byte, error) {
 	s.wr.iov, s.wr.wait, s.wr.err = iov, wait, nil
@@ -185,10 +173,12 @@ func (s *socket) writable() error {
 	return s.rc.Write(s.wr.poll)
 }
 
+func (s *socket) roomNow(fd uintptr) bool { return pollNow(fd, unix.POLLOUT) }
+
 // pollNow asks the kernel, since the runtime's poller reports only changes,
 // and forgets one that came before it began to wait.
-func (s *socket) pollNow(fd uintptr) bool {
-	p := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
+func pollNow(fd uintptr, events int16) bool {
+	p := [1]unix.PollFd{{Fd: int32(fd), Events: events}}
 	n, err := unix.Poll(p[:], 0)
 	return n > 0 || err != nil && err != unix.EINTR
 }

@@ -41,6 +41,7 @@ type writer struct {
 	busyLimit  int64        // slices that may be dirty before writers wait
 	freed      atomic.Int64 // clusters given up since a commit was last asked for
 	buffers    sync.Pool    // of *[]byte, one cluster each
+	requests   sync.Pool    // of *request
 }
 
 // newWriter makes the writing half of d.
@@ -199,18 +200,21 @@ func (im *Image) change(op string, off, n int64, flags image.WriteFlags, do func
 	if err := image.CheckRange(im.info.Size, off, n); err != nil {
 		return err
 	}
-	r := request{writer: im.writer}
+	r, _ := im.writer.requests.Get().(*request)
+	if r == nil {
+		r = &request{writer: im.writer}
+	}
 	if err := r.enter(); err != nil {
 		return err
 	}
-	defer r.leave()
+	defer r.end()
 	err := r.commit.refuses()
 	if err == nil {
 		err = r.firstChange()
 	}
 	if err == nil {
 		r.record(off, n)
-		err = do(&r)
+		err = do(r)
 	}
 	if err == nil && flags&image.FUA != 0 {
 		err = r.commit.commit()
@@ -271,6 +275,12 @@ type request struct {
 	*writer
 	visit visit
 	dry   int // commits that made no clusters
+}
+
+func (r *request) end() {
+	r.leave()
+	r.dry = 0
+	r.requests.Put(r)
 }
 
 func (r *request) leave() {
