@@ -164,7 +164,7 @@ func (h *host) attach(ctx context.Context, opt Options) (_ *Attachment, err erro
 		return nil, err
 	}
 	c.index, c.conns, c.backend = index, conns, a.backend
-	if a.index, err = h.connectWhenFree(ctx, c); err != nil {
+	if a.index, err = h.connectFresh(ctx, c); err != nil {
 		return nil, err
 	}
 	defer func() {

@@ -137,6 +137,46 @@ func TestAttachAny(t *testing.T) {
 	}
 }
 
+// A device that asks for zeroing, because what was attached before offered it,
+// is made anew for what does not.
+func TestForgetZeroing(t *testing.T) {
+	for _, device := range []string{"/dev/nbd1", Auto} {
+		h, k := newFake(t)
+		plain := peer{size: 1 << 20, flags: writable &^ nbd.FlagSendWriteZeroes}
+		first := attach(t, h, to("/dev/nbd0", disk))
+		a := attach(t, h, to("/dev/nbd1", disk))
+		if err := errors.Join(a.Detach(limited(t), false), a.Close()); err != nil {
+			t.Fatal(err)
+		}
+		k.log = nil
+		for range 2 { // the second time there is nothing to forget
+			a = attach(t, h, to(device, plain))
+			if a.Path() != "/dev/nbd1" {
+				t.Error(a.Path())
+			}
+			if got := h.read(1, "nbd1", "queue/write_zeroes_max_bytes"); got != "0" {
+				t.Error(got)
+			}
+			if err := errors.Join(a.Detach(limited(t), false), a.Close()); err != nil {
+				t.Error(err)
+			}
+		}
+		var got []string
+		for _, l := range k.logged() {
+			if strings.Contains(l, "connect") {
+				got = append(got, l)
+			}
+		}
+		want := []string{"connect 1", "disconnect 1", "connect 1", "disconnect 1", "connect 1", "disconnect 1"}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%s: %s", device, diff)
+		}
+		if err := errors.Join(first.Detach(limited(t), false), first.Close()); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func TestAttachRefused(t *testing.T) {
 	for _, test := range []struct {
 		opt  Options

@@ -51,10 +51,7 @@ func newFake(t *testing.T) (*host, *fakeKernel) {
 	k := &fakeKernel{t: t, nodes: map[string]string{}, taken: make(chan struct{}), lines: make(fakeLines, 100)}
 	k.host = &host{kernel: k, sys: dir + "/sys", dev: "/dev", proc: dir + "/proc", run: dir + "/run"}
 	for i := range 4 {
-		k.write(name(i), "size", "0")
-		k.write(name(i), "dev", fmt.Sprintf("43:%d", 32*i))
-		k.write(name(i), "queue/io_timeout", "30000")
-		k.nodes[k.host.path(i)] = fmt.Sprintf("43:%d", 32*i)
+		k.device(i)
 	}
 	k.file("proc/self/mountinfo", "")
 	k.file("proc/swaps", "Filename Type Size Used Priority\n")
@@ -65,6 +62,15 @@ func newFake(t *testing.T) (*host, *fakeKernel) {
 		t.Fatal(err)
 	}
 	return k.host, k
+}
+
+// device makes a free device, as new.
+func (k *fakeKernel) device(i int) {
+	k.write(name(i), "size", "0")
+	k.write(name(i), "dev", fmt.Sprintf("43:%d", 32*i))
+	k.write(name(i), "queue/io_timeout", "30000")
+	k.write(name(i), "queue/write_zeroes_max_bytes", "0")
+	k.nodes[k.host.path(i)] = fmt.Sprintf("43:%d", 32*i)
 }
 
 func (k *fakeKernel) write(dev, attribute, text string) {
@@ -118,6 +124,12 @@ func (k *fakeKernel) connect(c *config) (int, error) {
 	}
 	k.config = c
 	k.note("connect %d", index)
+	if _, err := os.Stat(filepath.Join(k.host.sys, name(index))); err != nil {
+		k.device(index) // it was destroyed
+	}
+	if c.flags&uint64(nbd.FlagSendWriteZeroes) != 0 {
+		k.write(name(index), "queue/write_zeroes_max_bytes", "4294966784")
+	}
 	k.write(name(index), "pid", strconv.Itoa(os.Getpid()))
 	k.write(name(index), "backend", c.backend)
 	k.write(name(index), "size", strconv.FormatUint((c.size+k.grows)/sector, 10))
@@ -191,6 +203,9 @@ func (k *fakeKernel) disconnect(index int) error {
 	k.table = nil
 	k.lines <- 0
 	k.free(index)
+	if k.config != nil && k.config.index == index && k.config.destroy {
+		os.RemoveAll(filepath.Join(k.host.sys, name(index)))
+	}
 	return nil
 }
 

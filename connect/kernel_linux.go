@@ -43,7 +43,8 @@ const (
 	attrSocket   = 1 // in attrSockets
 	attrSocketFD = 1 // in attrSocket
 
-	flagDisconnectOnClose = 2 // of attrClientFlags; it ends with the connection
+	flagDestroyOnDisconnect = 1 // of attrClientFlags; it stays until it is not sent
+	flagDisconnectOnClose   = 2 // of attrClientFlags; it ends with the connection
 )
 
 // dial finds the family. A socket is used for one command: an answer that was
@@ -112,7 +113,11 @@ func (linux) connect(c *config) (int, error) {
 	e.Uint64(attrTimeout, seconds(c.timeout))
 	e.Uint64(attrDeadTimeout, seconds(c.deadTimeout))
 	e.Uint64(attrServerFlags, c.flags)
-	e.Uint64(attrClientFlags, 0)
+	var clientFlags uint64
+	if c.destroy {
+		clientFlags = flagDestroyOnDisconnect
+	}
+	e.Uint64(attrClientFlags, clientFlags)
 	e.String(attrBackend, c.backend)
 	release, err := addSockets(e, c.conns)
 	if err != nil {

@@ -1,9 +1,17 @@
 package connect
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/imgnbd/imgnbd/internal/nbd"
 )
 
 // A device keeps some of its settings beyond its attachment. They are set here
@@ -31,4 +39,71 @@ func (h *host) endReadOnly(index int) error {
 		return fmt.Errorf("%s: BLKROSET: %w", h.path(index), err)
 	}
 	return nil
+}
+
+// connectFresh is connectWhenFree, with a device that does not ask for zeroing
+// if the export does not offer it. Since Linux 6.12 a device that was once
+// attached to one that did goes on asking, and what it asks for fails.
+func (h *host) connectFresh(ctx context.Context, c *config) (int, error) {
+	switch {
+	case c.flags&uint64(nbd.FlagSendWriteZeroes) != 0:
+		return h.connectWhenFree(ctx, c)
+	case c.index != anyIndex:
+		if err := h.forgetZeroing(ctx, c.index); err != nil {
+			return 0, err
+		}
+		return h.connectWhenFree(ctx, c)
+	}
+	// The kernel would not say which it takes until it is too late.
+	for index := 0; ; index++ {
+		_, err := os.Stat(filepath.Join(h.sys, name(index)))
+		if errors.Is(err, fs.ErrNotExist) {
+			return h.connectWhenFree(ctx, c) // there is no free one that is used to it
+		}
+		if h.connected(index) {
+			continue
+		}
+		if err := h.forgetZeroing(ctx, index); err != nil {
+			return 0, err
+		}
+		one := *c
+		one.index = index
+		if index, err := h.connect(&one); !errors.Is(err, syscall.EBUSY) {
+			if err != nil {
+				err = attachError(c, "", err)
+			}
+			return index, err
+		}
+	}
+}
+
+// forgetZeroing replaces a free device that asks for zeroing by a new one.
+func (h *host) forgetZeroing(ctx context.Context, index int) error {
+	if most := h.read(index, name(index), "queue/write_zeroes_max_bytes"); most == "" || most == "0" || h.connected(index) {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	ours, theirs, err := SocketPair()
+	if err != nil {
+		return err
+	}
+	defer ours.Close()
+	_, err = h.connectWhenFree(ctx, &config{index: index, size: sector, blockSize: sector, flags: uint64(nbd.FlagHasFlags),
+		conns: []net.Conn{theirs}, backend: newBackend(), maxPart: -1, destroy: true})
+	theirs.Close()
+	if err != nil {
+		return err
+	}
+	if err := h.disconnect(index); err != nil {
+		return fmt.Errorf("%s: %w", h.path(index), err)
+	}
+	for {
+		if _, err := os.Stat(filepath.Join(h.sys, name(index))); errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if sleep(ctx, 5*time.Millisecond) != nil {
+			return &BusyError{h.path(index), h.openers(index)}
+		}
+	}
 }
