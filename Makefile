@@ -101,7 +101,7 @@ release: ## build/: the program for each system, reproducible, with checksums
 .PHONY: nightly
 nightly: lint test ## everything, in its long form
 	$(MAKE) race SHORT=
-	IMGNBD_GUESTS=full $(GO) test ./internal/test/guest -run 'TestTakeover|TestDeadTimeout|TestReplace|TestChain|TestMountJournal' -count=1 -timeout 6h
+	IMGNBD_GUESTS=full $(GO) test ./internal/test/guest -run 'TestTakeover|TestDeadTimeout|TestReplace|TestChain|TestMountJournal|TestLogWrites' -count=1 -timeout 6h
 	IMGNBD_CRASH=100 $(GO) test ./qcow2 -run 'TestCrash$$|TestCrashAfterFaults|PowerCut|TestHostileImages' -count=1 -v -timeout 6h
 	IMGNBD_CRASH=100 $(GO) test ./internal/test/program -run TestHostile -count=1
 	$(MAKE) fuzz FUZZTIME=10m

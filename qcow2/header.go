@@ -215,14 +215,17 @@ func parseHeader(b []byte) (*header, error) {
 // parseExtensions reads the extensions in b[off:end]. The area ends at an end
 // marker, at its limit, or where the image does.
 func (h *header) parseExtensions(b []byte, off, end uint64) error {
-	for off+8 <= min(end, uint64(len(b))) {
+	for off < end && off+8 <= uint64(len(b)) {
 		kind := binary.BigEndian.Uint32(b[off:])
 		n := uint64(binary.BigEndian.Uint32(b[off+4:]))
 		off += 8
+		if off > end || n > end-off { // the end marker's length counts too
+			return corrupt("Header extension too large")
+		}
 		if kind == extEnd {
 			return nil
 		}
-		if n > end-off || n > uint64(len(b))-off {
+		if n > uint64(len(b))-off {
 			return corrupt("Header extension too large")
 		}
 		h.extensions = append(h.extensions, extension{kind, bytes.Clone(b[off : off+n])})

@@ -87,6 +87,8 @@ func TestHeaderRefuses(t *testing.T) {
 		{"size", func(b []byte) { be.PutUint64(b[24:], 1<<63) }, "Image is too big", image.ErrCorrupt},
 		{"size and L1", func(b []byte) { be.PutUint64(b[24:], 1<<62) }, "Image is too big", image.ErrCorrupt},
 		{"extension", func(b []byte) { be.PutUint32(b[116:], 1<<20) }, "Header extension too large", image.ErrCorrupt},
+		{"extension in the name", func(b []byte) { be.PutUint64(b[8:], 116) }, "Header extension too large", image.ErrCorrupt},
+		{"end marker with a length", func(b []byte) { be.PutUint32(b[112:], 0); be.PutUint32(b[116:], 1<<20) }, "Header extension too large", image.ErrCorrupt},
 		{"raw data file", func(b []byte) { b[95] = 2 }, "data-file-raw requires a data file", image.ErrCorrupt},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

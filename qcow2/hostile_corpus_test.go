@@ -190,7 +190,7 @@ func TestHostileImages(t *testing.T) {
 			t.Fatalf("seed %d: %s", seed, img.Name)
 		}
 	}
-	t.Logf("%d images: %d found to lie while written, %d repaired and judged", n, condemned, repaired)
+	t.Logf("%d images: %d found to lie while written, %d of them too late, %d repaired and judged", n, condemned, raced, repaired)
 	if condemned == 0 || repaired == 0 {
 		t.Error("nothing was tested")
 	}
