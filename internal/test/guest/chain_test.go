@@ -148,7 +148,7 @@ func TestChain(t *testing.T) {
 				cases, limit = chainProduct, 2*time.Hour
 			}
 			out := run(t, vm.Options{Kernel: kernel, Memory: 1536, Limit: limit, Script: chain + cases},
-				"sfdisk", "mkfs.ext4", "mkfs.xfs", "mkfs.vfat", "qemu-img", "qemu-nbd", "nbd-client", "/lib/systemd/systemd-udevd")
+				"sfdisk", "mkfs.ext4", "mkfs.xfs", "mkfs.vfat", "qemu-img", "qemu-nbd", "nbd-client", "pgrep", "/lib/systemd/systemd-udevd")
 			t.Logf("%d cases", strings.Count(out, "--- "))
 		})
 	}

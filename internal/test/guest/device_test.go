@@ -21,6 +21,31 @@ func TestPartitions(t *testing.T) {
 truncate -s 64M two.raw five.raw none.raw
 printf ',10M\n,\n' | sfdisk -q two.raw
 printf ',10M\n,10M\n,,E\n,10M\n,\n' | sfdisk -q five.raw
+truncate -s 64M gpt.raw
+printf 'label: gpt\n,10M\nstart=40000,size=1\n7: start=50000\n' | sfdisk -q gpt.raw
+# What we take for partitions is what the kernel does, and each alone is what it
+# is among the others.
+for image in two.raw five.raw gpt.raw; do
+    imgnbd partitions -f raw $image | awk 'NR > 2 && !/logical ones/ { print $1, $2, $3 }' >ours
+    while read -r n start size; do
+        echo "partition $n" | dd of=$image seek=$start conv=notrunc status=none
+    done <ours
+    imgnbd -r -c /dev/nbd0 -f raw $image
+    for dir in /sys/block/nbd0/nbd0p*; do
+        [ $image-${dir##*p} = five.raw-3 ] || echo "${dir##*p} $(cat $dir/start) $(cat $dir/size)"
+    done | sort -n >theirs
+    [ -s theirs ]
+    cmp ours theirs || fail "$image: we have $(cat ours), the kernel $(cat theirs)"
+    while read -r n start size; do
+        dev=$(imgnbd -r -c auto --partition=$n -f raw $image)
+        [ "$(blockdev --getsz $dev)" = $size ]
+        [ "$(head -n 1 $dev)" = "partition $n" ]
+        cmp -n 4096 $dev /dev/nbd0p$n || [ $size -lt 8 ]
+        imgnbd -d $dev >/dev/null
+    done <ours
+    imgnbd -d /dev/nbd0
+done
+rmmod nbd
 for max in default 0 8 16; do
     options=
     [ $max = default ] || options=--max-part=$max
