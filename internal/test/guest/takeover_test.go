@@ -265,7 +265,11 @@ free /dev/nbd0
 func TestReplace(t *testing.T) {
 	for _, kernel := range kernels("6.12") {
 		t.Run(kernel, func(t *testing.T) {
-			run(t, vm.Options{Kernel: kernel, Memory: 1024, Script: `
+			connections := "1"
+			if full {
+				connections = "1 3"
+			}
+			run(t, vm.Options{Kernel: kernel, Memory: 1024, Env: []string{"CONNECTIONS=" + connections}, Script: `
 imgnbd create -q -f qcow2 disk.qcow2 200M
 imgnbd create -q -f qcow2 other.qcow2 200M
 mkdir m
@@ -323,8 +327,7 @@ umount m
 imgnbd -d /dev/nbd0
 free /dev/nbd0
 }
-replace 1
-replace 3
+for n in $CONNECTIONS; do replace $n; done
 [ -z "$(ls /run/imgnbd)" ] || fail "$(ls /run/imgnbd)"
 imgnbd check -q -f qcow2 disk.qcow2
 if dmesg | grep -E 'I/O error|EXT4-fs error'; then fail 'the kernel saw errors'; fi
