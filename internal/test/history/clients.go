@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"net"
 	"sync"
@@ -97,7 +98,8 @@ func (c *Clients) request(ctx context.Context, conn *connection, r *rand.Rand) e
 		p := make([]byte, n)
 		err = h.Read(p, off, func() error { return client.Read(p, off, 0) })
 	}
-	if errors.Is(err, nbd.ErrConnection) {
+	// Another request may have found out before this one was sent.
+	if errors.Is(err, nbd.ErrConnection) || errors.Is(err, fs.ErrClosed) {
 		conn.lost(client)
 		return nil
 	}

@@ -169,16 +169,13 @@ func TestHostileClients(t *testing.T) {
 	}
 	late.Close()
 
+	eventually(t, "it takes too little: nothing is tested", func() bool { return peak(t, pid) >= memory })
 	got := peak(t, pid)
 	// By docs/memory.md, for those who get as far as to move data: 5 of 11.
 	bound := 32*mib + memory + memory/8 + int64(clients)*5/11*26*mib/10
 	t.Logf("%d clients: %d MiB of %d MiB", clients, got/mib, bound/mib)
 	if got > bound {
 		t.Errorf("it takes %d MiB, more than %d MiB", got/mib, bound/mib)
-	}
-
-	if got < memory {
-		t.Errorf("it takes only %d MiB: nothing was tested", got/mib)
 	}
 
 	// Some leave in order, some in the middle of it all, some by a reset.
