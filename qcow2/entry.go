@@ -20,6 +20,9 @@ func (e l1Entry) host() int64      { return int64(e & hostMask) }
 func (e l1Entry) copied() bool     { return e&flagCopied != 0 }
 func (e l1Entry) reserved() uint64 { return uint64(e) & 0x7f000000000001ff }
 
+// ours reports whether there is a table that nothing else refers to.
+func (e l1Entry) ours() bool { return e.copied() && e.host() != 0 }
+
 // An l2Entry is the first, or only, word of an L2 entry.
 type l2Entry uint64
 

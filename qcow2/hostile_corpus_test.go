@@ -288,3 +288,28 @@ func TestWriteGuardsNewTables(t *testing.T) {
 		})
 	}
 }
+
+// An L1 entry that has the copied flag and no table leads nowhere, not to the
+// header.
+func TestWriteNoTableCopied(t *testing.T) {
+	x := build(12, 8<<20)
+	x.put(int64(x.h.l1Offset), flagCopied)
+	s := storagetest.MemOf(x.bytes())
+	im, err := Open(t.Context(), shared{s}, image.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := im.WriteAt(guestMark, 4096, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := im.Close(); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, len(guestMark))
+	if _, err := openBytes(t, s.Bytes()).ReadAt(got, 4096); err != nil || !bytes.Equal(got, guestMark) {
+		t.Errorf("%q, %v", got, err)
+	}
+	if res, findings, err := repairStore(s, image.RepairNothing); err != nil || res.Corruptions > 0 {
+		t.Errorf("%v\n%s", err, strings.Join(findings, "\n"))
+	}
+}

@@ -144,13 +144,13 @@ func (c *changes) takeSlices() []*slice {
 func (c *changes) ensureTable(s *slice) bool {
 	i, _ := c.m.geo.sliceTable(s.no)
 	old := l1Entry(c.m.l1[i].Load())
-	if old.copied() {
+	if old.ours() {
 		return true
 	}
 	c.tableMu.Lock()
 	defer c.tableMu.Unlock()
 	old = l1Entry(c.m.l1[i].Load())
-	if old.copied() || c.tables[i] != nil {
+	if old.ours() || c.tables[i] != nil {
 		return true
 	}
 	r, _, ok := c.alloc.take(1)
