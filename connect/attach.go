@@ -244,6 +244,9 @@ func (a *Attachment) open(ctx context.Context) (net.Conn, *nbd.Session, error) {
 	s, err := nbd.Handshake(ctx, conn, nbd.Options{Export: a.opt.Export, Protocol: nbd.Simple, NoGo: a.opt.NoGo})
 	if err != nil {
 		conn.Close()
+		if a.opt.Server != "" {
+			err = fmt.Errorf("%s: %w", a.opt.Server, err)
+		}
 		return nil, nil, err
 	}
 	if ours, err := a.relays.socket(conn); err != nil {

@@ -218,6 +218,9 @@ func (s *service) runRemote(r *remote) (err error) {
 		Dial:   r.dial,
 		Size:   r.size,
 	})
+	if refused, ok := errors.AsType[*nbd.OptionError](err); ok && refused.Reply == nbd.RepErrTLSReqd {
+		return hinted(err, "begin the URI with nbds, or name credentials with --tls-creds")
+	}
 	if err != nil {
 		return err
 	}

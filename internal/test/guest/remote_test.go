@@ -212,7 +212,7 @@ imgnbd -f raw -t -b 127.0.0.1 -p 10811 -x disk disk.raw &
 serving=$!
 eventually reachable
 refused 'allows one connection, not 2' -- imgnbd -c /dev/nbd0 --connections=2 "$uri"
-refused 'no such export' -- imgnbd -c /dev/nbd0 nbd://127.0.0.1:10811/other
+refused 'nbd://127.0.0.1:10811/other: ' 'no such export' -- imgnbd -c /dev/nbd0 nbd://127.0.0.1:10811/other
 free /dev/nbd0
 kill $serving
 `})
