@@ -111,7 +111,7 @@ imgnbd mount -f raw -P 1 disk.raw m
 verify m
 imgnbd umount m
 freed
-`}, "sfdisk", "mkfs.ext4", "mkfs.vfat")
+`}, "sfdisk", "mkfs.ext4", "mkfs.vfat", "pgrep")
 }
 
 func TestMountOlder(t *testing.T) {
@@ -142,8 +142,11 @@ for fs in $SYSTEMS; do
         seq $i 1000 >m/$i
         sync m/$i
     done
-    # As if the power had failed: what is in the image now.
+    # As if the power had failed: what is in the image at one moment.
+    pid=$(server /dev/nbd0)
+    kill -STOP $pid
     cp --sparse=always disk.live disk.raw
+    kill -CONT $pid
     umount m
     imgnbd -d /dev/nbd0
     md5sum disk.raw >sum
