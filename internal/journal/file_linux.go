@@ -68,7 +68,10 @@ func (f *file) release() error {
 		err = unix.Munmap(f.mapped)
 		f.mapped = nil
 	}
-	err = errors.Join(err, unix.Close(f.fd), unix.Close(f.dir))
+	if f.fd >= 0 {
+		err = errors.Join(err, unix.Close(f.fd))
+	}
+	err = errors.Join(err, unix.Close(f.dir))
 	f.dir = -1
 	return err
 }
@@ -192,7 +195,7 @@ func (j *Files) identify(info storage.Info) (*header, string, error) {
 // removed. nil: there is none, or nothing in it.
 func find(dir, name string, now *header) (*file, error) {
 	for {
-		f, err := openFile(dir, name, 0)
+		f, err := openFile(dir, name)
 		if err != nil || f == nil {
 			return nil, err
 		}
@@ -255,7 +258,7 @@ func (f *file) compare(now *header) (standing, error) {
 
 // left reports whether a process that is dead left a journal in dir.
 func left(dir, name string, now *header) bool {
-	f, err := openFile(dir, name, 0)
+	f, err := openFile(dir, name)
 	if err != nil || f == nil {
 		return false
 	}
@@ -268,43 +271,45 @@ func left(dir, name string, now *header) bool {
 }
 
 // create makes an empty journal. All its memory is there: a write to it cannot
-// find the file system full.
+// find the file system full. It gets its name when it is complete and locked, so
+// that a process which dies meanwhile leaves nothing.
 func create(dir, name string, now *header) (*file, error) {
-	for {
-		f, err := openFile(dir, name, unix.O_CREAT)
-		if err != nil {
-			return nil, err
-		}
-		removed, err := f.lock(unix.LOCK_EX)
-		if err == nil && removed {
-			if err := f.release(); err != nil {
-				return nil, err
-			}
-			continue
-		}
-		if err == nil {
-			err = f.begin(now)
-		}
-		if err != nil {
-			return nil, errors.Join(err, f.release())
-		}
-		return f, nil
+	d, err := openDir(dir, true)
+	if err != nil {
+		return nil, err
 	}
+	f := &file{dir: d, name: name, path: filepath.Join(dir, name), fd: -1}
+	if err := f.begin(now); err != nil {
+		return nil, errors.Join(err, f.release())
+	}
+	return f, nil
 }
 
 func (f *file) begin(now *header) error {
-	err := retry(func() error { return unix.Fallocate(f.fd, 0, 0, fileSize) })
+	err := retry(func() (err error) {
+		f.fd, err = unix.Openat(f.dir, ".", unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+		return err
+	})
+	if err == nil {
+		err = retry(func() error { return unix.Fallocate(f.fd, 0, 0, fileSize) })
+	}
 	if err == nil {
 		err = f.mmap()
 	}
-	if err == nil && !f.empty() { // somebody without a lock on the image
+	if err == nil {
+		copy(f.mapped, now[:])
+		err = unix.Flock(f.fd, unix.LOCK_EX) // nobody else knows of it
+	}
+	if err == nil {
+		err = unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", f.fd), f.dir, f.name, unix.AT_SYMLINK_FOLLOW)
+	}
+	switch err {
+	case nil:
+		return nil
+	case unix.EEXIST: // somebody without a lock on the image
 		return inUse(f.path)
 	}
-	if err != nil {
-		return errors.Join(fmt.Errorf("%s: %w", f.path, err), f.remove())
-	}
-	copy(f.mapped, now[:])
-	return nil
+	return fmt.Errorf("%s: %w", f.path, err)
 }
 
 func (f *file) mmap() (err error) {
@@ -334,26 +339,22 @@ func (f *file) lock(how int) (removed bool, err error) {
 	return st.Nlink == 0, nil
 }
 
-// openFile opens a file of dir that is ours. With flags 0 it returns nil if
-// there is none, or no directory where one could be.
-func openFile(dir, name string, flags int) (*file, error) {
-	making := flags&unix.O_CREAT != 0
-	d, err := openDir(dir, making)
+// openFile opens a file of dir that is ours. It returns nil if there is none, or
+// no directory where one could be.
+func openFile(dir, name string) (*file, error) {
+	d, err := openDir(dir, false)
 	if err != nil {
-		if !making {
-			err = nil // nothing of ours can be there
-		}
-		return nil, err
+		return nil, nil // nothing of ours can be there
 	}
 	path := filepath.Join(dir, name)
 	var fd int
 	err = retry(func() error {
-		fd, err = unix.Openat(d, name, flags|unix.O_RDWR|unix.O_NOFOLLOW|unix.O_CLOEXEC|unix.O_NONBLOCK, 0o600)
+		fd, err = unix.Openat(d, name, unix.O_RDWR|unix.O_NOFOLLOW|unix.O_CLOEXEC|unix.O_NONBLOCK, 0o600)
 		return err
 	})
 	if err != nil {
 		unix.Close(d)
-		if err == unix.ENOENT && !making {
+		if err == unix.ENOENT {
 			return nil, nil
 		}
 		return nil, fmt.Errorf("%s: %w", path, err)
