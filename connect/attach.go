@@ -315,7 +315,7 @@ func (o *Options) config(s *nbd.Session) (*config, error) {
 // is what udev does when a device has been detached.
 func (h *host) connectWhenFree(ctx context.Context, c *config) (int, error) {
 	for end := time.Now().Add(patience); ; {
-		index, err := h.connect(c)
+		index, err := h.connectOnceGone(ctx, c)
 		if err == nil {
 			return index, nil
 		}

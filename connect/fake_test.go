@@ -27,6 +27,7 @@ type fakeKernel struct {
 	grows      uint64 // what it adds to sizes: somebody else's change
 	noNodes    bool   // nothing appears in /dev
 	claimed    bool   // exclusive opens fail
+	going      int    // connects that fail because a device is being destroyed
 	transients int    // connects that fail because somebody looks at the device
 	scanErrs   []error
 	deaf       int // reconfigurations that are ignored, since no connection has ended
@@ -122,6 +123,10 @@ func (k *fakeKernel) connect(c *config) (int, error) {
 	if index > 3 {
 		return 0, syscall.EINVAL
 	}
+	if k.going > 0 {
+		k.going--
+		return 0, syscall.EINVAL
+	}
 	k.config = c
 	k.note("connect %d", index)
 	if _, err := os.Stat(filepath.Join(k.host.sys, name(index))); err != nil {
@@ -204,6 +209,7 @@ func (k *fakeKernel) disconnect(index int) error {
 	k.lines <- 0
 	k.free(index)
 	if k.config != nil && k.config.index == index && k.config.destroy {
+		k.going = 2
 		os.RemoveAll(filepath.Join(k.host.sys, name(index)))
 	}
 	return nil

@@ -88,6 +88,7 @@ type config struct {
 	conns     []net.Conn
 	backend   string // identifies this attachment
 	maxPart   int    // of the module; negative: its default
+	replaces  bool   // a device of this index that is being destroyed
 	destroy   bool   // the device ends with the attachment; one that is attached later is new
 
 	// timeout is how long a request may take until its connection is given up;

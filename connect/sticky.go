@@ -49,7 +49,8 @@ func (h *host) connectFresh(ctx context.Context, c *config) (int, error) {
 	case c.flags&uint64(nbd.FlagSendWriteZeroes) != 0:
 		return h.connectWhenFree(ctx, c)
 	case c.index != anyIndex:
-		if err := h.forgetZeroing(ctx, c.index); err != nil {
+		var err error
+		if c.replaces, err = h.forgetZeroing(ctx, c.index); err != nil {
 			return 0, err
 		}
 		return h.connectWhenFree(ctx, c)
@@ -63,12 +64,12 @@ func (h *host) connectFresh(ctx context.Context, c *config) (int, error) {
 		if h.connected(index) {
 			continue
 		}
-		if err := h.forgetZeroing(ctx, index); err != nil {
-			return 0, err
-		}
 		one := *c
 		one.index = index
-		if index, err := h.connect(&one); !errors.Is(err, syscall.EBUSY) {
+		if one.replaces, err = h.forgetZeroing(ctx, index); err != nil {
+			return 0, err
+		}
+		if index, err := h.connectOnceGone(ctx, &one); !errors.Is(err, syscall.EBUSY) {
 			if err != nil {
 				err = attachError(c, "", err)
 			}
@@ -77,33 +78,47 @@ func (h *host) connectFresh(ctx context.Context, c *config) (int, error) {
 	}
 }
 
-// forgetZeroing replaces a free device that asks for zeroing by a new one.
-func (h *host) forgetZeroing(ctx context.Context, index int) error {
+// connectOnceGone is connect, but waits for the end of a device that is being
+// replaced: the kernel goes on with that after the last sign of it.
+func (h *host) connectOnceGone(ctx context.Context, c *config) (int, error) {
+	for end := time.Now().Add(patience); ; {
+		index, err := h.connect(c)
+		if !c.replaces || !errors.Is(err, syscall.EINVAL) || time.Now().After(end) {
+			return index, err
+		}
+		if err := sleep(ctx, 5*time.Millisecond); err != nil {
+			return 0, err
+		}
+	}
+}
+
+// forgetZeroing has a free device that asks for zeroing replaced by a new one.
+func (h *host) forgetZeroing(ctx context.Context, index int) (replaced bool, err error) {
 	if most := h.read(index, name(index), "queue/write_zeroes_max_bytes"); most == "" || most == "0" || h.connected(index) {
-		return nil
+		return false, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	ours, theirs, err := SocketPair()
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer ours.Close()
 	_, err = h.connectWhenFree(ctx, &config{index: index, size: sector, blockSize: sector, flags: uint64(nbd.FlagHasFlags),
 		conns: []net.Conn{theirs}, backend: newBackend(), maxPart: -1, destroy: true})
 	theirs.Close()
 	if err != nil {
-		return err
+		return false, err
 	}
 	if err := h.disconnect(index); err != nil {
-		return fmt.Errorf("%s: %w", h.path(index), err)
+		return false, fmt.Errorf("%s: %w", h.path(index), err)
 	}
 	for {
 		if _, err := os.Stat(filepath.Join(h.sys, name(index))); errors.Is(err, fs.ErrNotExist) {
-			return nil
+			return true, nil
 		}
 		if sleep(ctx, 5*time.Millisecond) != nil {
-			return &BusyError{h.path(index), h.openers(index)}
+			return false, &BusyError{h.path(index), h.openers(index)}
 		}
 	}
 }
