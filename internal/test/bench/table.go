@@ -132,6 +132,7 @@ var workloads = []workload{
 	{"raw read 1M qd16, structured", false, raw, memory, unix, structured(reads(1, 16, m)), goal{}},
 	{"raw rand read 4k qd32 x4", false, raw, memory, unix, random(reads(4, 32, 4*k)), must(2.5).stretch(4)},
 	{"raw rand read 4k qd1 x100", false, raw, memory, unix, random(reads(100, 1, 4*k)), must(1.3)},
+	{"raw rand read 4k qd1 x1000", false, raw, memory, unix, random(reads(1000, 1, 4*k)), goal{}},
 	{"raw rand read 4k qd1 x100, 1000 idle", false, raw, memory, unix, beside(1000, random(reads(100, 1, 4*k))), must(1.3)},
 	{"raw write 1M qd16, disk", false, raw, disk, unix, writes(1, 16, m), parity().stretch(1.2)},
 	{"raw write, flush 4k qd1, disk", false, raw, disk, unix, random(mix(1, 1, 4*k, 0, 1, 1)), parity().stretch(1.2)},
