@@ -3,8 +3,11 @@ package qcow2
 import (
 	"encoding/binary"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
+
+	"github.com/imgnbd/imgnbd/storage"
 )
 
 // A slice is a part of an L2 table in memory: 4 KiB, or a whole table where
@@ -52,10 +55,14 @@ type cache struct {
 	sets  []cacheSet
 	shift uint // log2 of len(sets)
 	arena *arena
-	size  int64                           // bytes of a slice
-	read  func(no uint64, b []byte) error // fills b with a slice as the store has it
-	bufs  sync.Pool                       // of *[sliceBytes]byte, for read
+	size  int64 // bytes of a slice
+	read  readSlice
+	bufs  sync.Pool // of *[sliceBytes]byte, for read
 }
+
+// A readSlice fills b with a slice as the store has it. Unless wait is set it
+// returns ErrWouldBlock instead of waiting.
+type readSlice func(no uint64, b []byte, wait bool) error
 
 type cacheSet struct {
 	ways [ways]atomic.Pointer[slice]
@@ -75,8 +82,8 @@ type loading struct {
 
 // newCache makes a cache of at most budget bytes, at least one set, and no
 // more than it takes to hold the given number of slices.
-func newCache(g *geometry, slices, budget int64, epochs *epochs, read func(uint64, []byte) error) *cache {
-	want := min(slices, budget/g.sliceSize())
+func newCache(g *geometry, count, budget int64, epochs *epochs, read readSlice) *cache {
+	want := min(count, budget/g.sliceSize())
 	c := &cache{size: g.sliceSize(), read: read}
 	c.bufs.New = func() any { return new([sliceBytes]byte) }
 	for int64(ways)<<c.shift < want && int64(ways)<<(c.shift+1) <= max(budget/g.sliceSize(), ways) {
@@ -111,40 +118,41 @@ func (st *cacheSet) find(no uint64) *slice {
 func (c *cache) peek(no uint64) *slice { return c.set(no).find(no) }
 
 // get returns a slice, from the store if need be. The caller is inside an
-// epoch. If it cannot be kept in the cache, it comes back dead.
-func (c *cache) get(no uint64) (*slice, error) {
+// epoch. If it cannot be kept in the cache, it comes back dead. Unless wait is
+// set it returns ErrWouldBlock instead of waiting.
+func (c *cache) get(no uint64, wait bool) (*slice, error) {
 	st := c.set(no)
-	if s := st.find(no); s != nil {
-		return s, nil
-	}
-	st.mu.Lock()
-	if s := st.find(no); s != nil {
-		st.mu.Unlock()
-		return s, nil
-	}
-	for _, l := range st.loading {
-		if l.no == no {
+	for {
+		if s := st.find(no); s != nil {
+			return s, nil
+		}
+		st.mu.Lock()
+		if s := st.find(no); s != nil {
 			st.mu.Unlock()
-			<-l.done
+			return s, nil
+		}
+		l := st.underWay(no)
+		if l == nil {
+			break
+		}
+		st.mu.Unlock()
+		if !wait {
+			return nil, storage.ErrWouldBlock
+		}
+		if <-l.done; l.err != storage.ErrWouldBlock {
 			return l.slice, l.err
 		}
+		// Who did not want to wait has given up.
 	}
 	l := &loading{no: no, done: make(chan struct{})}
 	st.loading = append(st.loading, l)
 	st.mu.Unlock()
 
-	l.slice, l.err = c.load(no)
+	l.slice, l.err = c.load(no, wait)
 
 	st.mu.Lock()
-	for i := range st.loading {
-		if st.loading[i] == l {
-			last := len(st.loading) - 1
-			st.loading[i] = st.loading[last]
-			st.loading[last] = nil
-			st.loading = st.loading[:last]
-			break
-		}
-	}
+	i := slices.Index(st.loading, l)
+	st.loading = slices.Delete(st.loading, i, i+1)
 	if l.err == nil {
 		c.place(st, l.slice)
 	}
@@ -153,11 +161,22 @@ func (c *cache) get(no uint64) (*slice, error) {
 	return l.slice, l.err
 }
 
-func (c *cache) load(no uint64) (*slice, error) {
+// underWay returns the loading of a slice, nil if there is none. The set is
+// locked.
+func (st *cacheSet) underWay(no uint64) *loading {
+	for _, l := range st.loading {
+		if l.no == no {
+			return l
+		}
+	}
+	return nil
+}
+
+func (c *cache) load(no uint64, wait bool) (*slice, error) {
 	buf := c.bufs.Get().(*[sliceBytes]byte)
 	defer c.bufs.Put(buf)
 	b := buf[:c.size]
-	if err := c.read(no, b); err != nil {
+	if err := c.read(no, b, wait); err != nil {
 		return nil, err
 	}
 	s := &slice{no: no, ents: c.arena.take()}

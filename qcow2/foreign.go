@@ -32,7 +32,7 @@ func (t *takeover) foreign() error {
 		}
 		first := t.geo.sliceNo(int64(i) << (g.clusterBits + g.l2Bits))
 		for no := first; no < first+1<<(g.l2Bits-g.sliceBits); no++ {
-			if err := t.mapping.readSlice(no, buf); err != nil {
+			if err := t.mapping.readSlice(no, buf, true); err != nil {
 				return err
 			}
 			if err := t.foreignEntries(no, buf); err != nil {

@@ -115,7 +115,7 @@ func (m *mapping) table(l1Index int64) (int64, error) {
 }
 
 // readSlice is what the cache fills its slices with.
-func (m *mapping) readSlice(no uint64, b []byte) error {
+func (m *mapping) readSlice(no uint64, b []byte, wait bool) error {
 	l1Index, within := m.geo.sliceTable(no)
 	table, err := m.table(l1Index)
 	if err != nil {
@@ -123,6 +123,12 @@ func (m *mapping) readSlice(no uint64, b []byte) error {
 	}
 	if table == 0 {
 		clear(b)
+		return nil
+	}
+	if !wait {
+		if m.store.TryReadAt(b, table+within) != nil {
+			return storage.ErrWouldBlock // ReadAt knows what an error means
+		}
 		return nil
 	}
 	n, err := m.store.ReadAt(b, table+within)
@@ -146,7 +152,7 @@ const (
 // segments appends a prefix of the description of [off, off+n), n > 0, at
 // least one segment unless it fails. It stops when dst is full, which has room
 // for one, when it has looked at much, and before what is wrong. If wait is
-// not set it returns ErrWouldBlock rather than load a slice. The caller is
+// not set it returns ErrWouldBlock rather than wait for a slice. The caller is
 // inside an epoch.
 func (m *mapping) segments(dst []segment, off, n int64, wait bool) ([]segment, error) {
 	g := m.geo
@@ -201,10 +207,7 @@ func (m *mapping) slice(no uint64, wait bool) (s *slice, loaded bool, err error)
 	if table == 0 || err != nil {
 		return nil, false, err
 	}
-	if !wait {
-		return nil, false, storage.ErrWouldBlock
-	}
-	s, err = m.cache.get(no)
+	s, err = m.cache.get(no, wait)
 	return s, true, err
 }
 

@@ -161,7 +161,7 @@ func (t *takeover) link() error {
 	slices.Sort(clusters)
 	for _, c := range clusters {
 		for {
-			s, err := t.mapping.cache.get(c >> g.sliceBits)
+			s, err := t.mapping.cache.get(c>>g.sliceBits, true)
 			if err != nil {
 				return err
 			}

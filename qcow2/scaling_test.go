@@ -92,9 +92,9 @@ func TestCacheCovers(t *testing.T) {
 		cache := im.mapping.cache
 		var loads int
 		read := cache.read
-		cache.read = func(no uint64, b []byte) error {
+		cache.read = func(no uint64, b []byte, wait bool) error {
 			loads++
-			return read(no, b)
+			return read(no, b, wait)
 		}
 		slices := int(size / im.geo.sliceSpan())
 		pass := func(next func(i int) int64) {
@@ -135,13 +135,13 @@ func TestMissStopsNobody(t *testing.T) {
 	waiting, goOn := make(chan struct{}), make(chan struct{})
 	var loads atomic.Int64
 	read := cache.read
-	cache.read = func(no uint64, b []byte) error {
+	cache.read = func(no uint64, b []byte, wait bool) error {
 		loads.Add(1)
 		if no == slow {
 			close(waiting)
 			<-goOn
 		}
-		return read(no, b)
+		return read(no, b, wait)
 	}
 	p := make([]byte, 512)
 	at := func(no int64) int64 { return no * im.geo.sliceSpan() }
@@ -208,5 +208,55 @@ func BenchmarkParallel(b *testing.B) {
 				}
 			})
 		})
+	}
+}
+
+// A table that is at hand is loaded without waiting; who gives up, since it is
+// not, takes nobody with him who waits for the same.
+func TestMissAtHand(t *testing.T) {
+	file := qemu.Create(t, "qcow2", "preallocation=metadata", "16G")
+	im := openFile(t, file)
+	cache := im.mapping.cache
+	trying, goOn := make(chan struct{}), make(chan struct{})
+	read := cache.read
+	var waited, tried int
+	cache.read = func(no uint64, b []byte, wait bool) error {
+		switch {
+		case wait:
+			waited++
+		case no == 1:
+			close(trying)
+			<-goOn
+			return image.ErrWouldBlock
+		default:
+			tried++
+		}
+		return read(no, b, true)
+	}
+	lookUp := func(no int64) error {
+		v, err := im.epochs.enter()
+		if err != nil {
+			return err
+		}
+		defer v.leave()
+		_, err = im.mapping.segments(make([]segment, 0, 1), no*im.geo.sliceSpan(), 512, false)
+		return err
+	}
+	if err := lookUp(0); err != nil || tried != 1 {
+		t.Errorf("with the table at hand: %v, tried %d times", err, tried)
+	}
+	gaveUp, patient := make(chan error, 1), make(chan error, 1)
+	go func() { gaveUp <- lookUp(1) }()
+	<-trying
+	go func() {
+		_, err := im.ReadAt(make([]byte, 512), im.geo.sliceSpan())
+		patient <- err
+	}()
+	close(goOn)
+	if err := <-gaveUp; err != image.ErrWouldBlock {
+		t.Errorf("without it: %v", err)
+	}
+	if err := <-patient; err != nil || waited != 1 {
+		t.Errorf("who waited: %v, after %d loads", err, waited)
 	}
 }

@@ -23,7 +23,7 @@ func (r *request) write(p []byte, off int64) error {
 
 // writeSome writes a prefix of p: a run within one slice.
 func (w *writer) writeSome(p []byte, off int64) (int64, obstacle, error) {
-	s, err := w.mapping.cache.get(w.geo.sliceNo(off))
+	s, err := w.mapping.cache.get(w.geo.sliceNo(off), true)
 	if err != nil {
 		return 0, obstacle{}, err
 	}

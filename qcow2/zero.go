@@ -161,7 +161,7 @@ func (w *writer) zeroed(e l2Entry, b l2Bitmap, unmap bool) (l2Entry, l2Bitmap) {
 // zeroSlice zeroes whole clusters from off on: those within one slice.
 func (w *writer) zeroSlice(off, n int64, unmap bool) (int64, obstacle, error) {
 	g := w.geo
-	s, err := w.mapping.cache.get(g.sliceNo(off))
+	s, err := w.mapping.cache.get(g.sliceNo(off), true)
 	if err != nil {
 		return 0, obstacle{}, err
 	}
