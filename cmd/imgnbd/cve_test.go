@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"os"
 	"os/exec"
@@ -9,7 +10,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/imgnbd/imgnbd/internal/test/qemu"
 )
@@ -32,17 +32,15 @@ func (a *attack) serve(command string, options ...string) outcome {
 
 func (a *attack) run(args ...string) outcome {
 	a.Helper()
-	cmd := exec.Command("imgnbd", args...)
+	ctx, cancel := context.WithTimeout(context.Background(), deadline)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "imgnbd", args...)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if err := cmd.Start(); err != nil {
-		a.Fatal(err)
-	}
-	timer := time.AfterFunc(deadline, func() { cmd.Process.Kill() })
-	defer timer.Stop()
-	cmd.Wait()
-	if kib := cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss; kib > 256<<10 {
-		a.Errorf("%q took %d MiB", args, kib>>10)
+	peak := qemu.Measure(a, cmd)
+	_ = cmd.Run() // its status tells
+	if used := peak(); used > 256<<20 {
+		a.Errorf("%q took %d MiB", args, used>>20)
 	}
 	o := outcome{stdout.String(), stderr.String(), cmd.ProcessState.ExitCode()}
 	if strings.Contains(o.Stdout+o.Stderr, "nobody's business") {

@@ -95,10 +95,12 @@ func (p *process) await(ctx context.Context, client func(ctx context.Context, ne
 			return nil
 		}
 		if p.cmd != nil && exited(p.pid) {
+			p.stop() // all that it said is there then
 			return fmt.Errorf("%s: ended at once\n%s", p.name, p.output)
 		}
 		select {
 		case <-ctx.Done():
+			p.stop()
 			return fmt.Errorf("%s: not ready: %w\n%s", p.name, errors.Join(context.Cause(ctx), err), p.output)
 		case <-time.After(200 * time.Microsecond):
 		}
@@ -111,11 +113,13 @@ func exited(pid int) bool {
 	return err != nil || st.state == "Z"
 }
 
-// stop ends the server, by force if it does not end itself.
+// stop ends the server, by force if it does not end itself. Once it has ended,
+// stop does nothing.
 func (p *process) stop() {
 	if p.pid == 0 {
 		return
 	}
+	defer func() { p.pid = 0 }()
 	// A daemon's children are its own until it ends; afterwards ours.
 	tree := descendants(p.pid)
 	syscall.Kill(p.pid, syscall.SIGTERM)

@@ -5,7 +5,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 
 	"github.com/imgnbd/imgnbd/internal/test/qemu"
@@ -22,12 +21,13 @@ func TestCheckLarge(t *testing.T) {
 		var b bytes.Buffer
 		cmd := exec.Command(tool, args...)
 		cmd.Stderr = &b
+		peak := qemu.Measure(t, cmd)
 		if err := cmd.Run(); err != nil {
 			t.Fatalf("%s: %v\n%s", tool, err, &b)
 		}
-		used := cmd.ProcessState.SysUsage().(*syscall.Rusage)
-		t.Logf("%s: %v of processor time, %d MiB", filepath.Base(tool), cmd.ProcessState.UserTime()+cmd.ProcessState.SystemTime(), used.Maxrss>>10)
-		return b.String(), used.Maxrss << 10
+		rss = peak()
+		t.Logf("%s: %v of processor time, %d MiB", filepath.Base(tool), cmd.ProcessState.UserTime()+cmd.ProcessState.SystemTime(), rss>>20)
+		return b.String(), rss
 	}
 	stderr, rss := run(bin, "check", "--progress", "-f", "qcow2", file)
 	if limit := int64(48 << 20); rss > limit {

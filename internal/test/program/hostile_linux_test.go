@@ -14,6 +14,7 @@ import (
 
 	"github.com/imgnbd/imgnbd/internal/nbd"
 	"github.com/imgnbd/imgnbd/internal/test/hostile"
+	"github.com/imgnbd/imgnbd/internal/test/qemu"
 )
 
 // Images that claim to be huge take no more memory than others, and come to an
@@ -27,8 +28,8 @@ func TestHostile(t *testing.T) {
 			if err := img.WriteFile(file); err != nil {
 				t.Fatal(err)
 			}
-			checked := func(name string, cmd *exec.Cmd) {
-				if used := cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss << 10; used > limit {
+			checked := func(name string, used int64) {
+				if used > limit {
 					t.Errorf("%s takes %d MiB", name, used>>20)
 				}
 			}
@@ -41,11 +42,12 @@ func TestHostile(t *testing.T) {
 				var stderr bytes.Buffer
 				cmd := exec.CommandContext(ctx, bin, args...)
 				cmd.Stdout, cmd.Stderr = io.Discard, &head{&stderr}
+				peak := qemu.Measure(t, cmd)
 				_ = cmd.Run() // it may well find fault
 				if code := cmd.ProcessState.ExitCode(); code < 0 || code > 3 {
 					t.Errorf("%q: status %d: %s", args, code, &stderr)
 				}
-				checked(args[0], cmd)
+				checked(args[0], peak())
 				if err := img.WriteFile(file); err != nil { // as it was
 					t.Fatal(err)
 				}
@@ -63,10 +65,13 @@ func TestHostile(t *testing.T) {
 				}
 			}
 			if session == nil {
-				checked("refusing it", p.cmd)
 				if code := p.cmd.ProcessState.ExitCode(); code != 1 {
 					t.Errorf("refused with status %d: %s", code, &stderr)
 				}
+				again := exec.CommandContext(ctx, bin, p.cmd.Args[1:]...)
+				peak := qemu.Measure(t, again)
+				_ = again.Run() // as before
+				checked("refusing it", peak())
 				return
 			}
 			c := nbd.NewClient(conn, session, nbd.Options{})
@@ -78,12 +83,12 @@ func TestHostile(t *testing.T) {
 			}
 			_ = c.Flush()
 			_ = c.Close()
+			checked("the server", peak(t, p.cmd.Process.Pid))
 			_ = p.cmd.Process.Signal(syscall.SIGTERM)
 			<-ended
 			if code := p.cmd.ProcessState.ExitCode(); code < 0 || code > 1 {
 				t.Errorf("the server ends with status %d: %s", code, &stderr)
 			}
-			checked("the server", p.cmd)
 		})
 	}
 }
