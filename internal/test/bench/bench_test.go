@@ -168,6 +168,26 @@ func TestJudge(t *testing.T) {
 	}
 }
 
+func TestMarkdown(t *testing.T) {
+	ours, peer := row{Server: "imgnbd", Ours: true, Rate: 1234, CPUop: 1.25, Memory: 3, P50: 2500}, row{Server: "p", Rate: 1000, CPUop: 2}
+	got := markdown([]finding{
+		{Workload: "short", Goal: must(2), Rows: []row{ours, peer}, Peer: &ratio{To: "p", Median: 1.234, Least: 1, Most: 2}},
+		{Workload: "alone", Rows: []row{ours}},
+		{Workload: "start", Rows: []row{ours, peer}, opening: true, Peer: &ratio{To: "p", Median: 3, Least: 1, Most: 4}},
+	})
+	for _, want := range []string{
+		"| short | 1234/s | 1000/s | p | **1.23** (1.00–2.00) | 2 | 1.2 µs, 3.0 MiB | 2.0 µs |\n",
+		"| start | 2.5 ms | 0.0 ms | p | 3.00 (1.00–4.00) |  | 3.0 MiB |  |\n",
+	} {
+		if !strings.Contains(got, want) {
+			t.Errorf("no %q in\n%s", want, got)
+		}
+	}
+	if strings.Contains(got, "alone") {
+		t.Error(got)
+	}
+}
+
 func TestPlot(t *testing.T) {
 	svg := plot([]finding{
 		{Workload: "fast & far", Goal: must(2).stretch(4), Peer: &ratio{To: "p", Median: 3, Least: 0.01, Most: 1000}},

@@ -53,6 +53,7 @@ type options struct {
 	disk     string
 	json     string
 	plot     string
+	markdown string
 	imgnbd   string
 	base     string
 	match    string
@@ -69,6 +70,7 @@ func parse(args []string) (o options, err error) {
 	f.StringVar(&o.disk, "disk", "", "folder on a disk (default is the system's for temporary files)")
 	f.StringVar(&o.json, "json", "", "file to write all figures to")
 	f.StringVar(&o.plot, "plot", "", "file to draw the ratios to the best peers in, as SVG")
+	f.StringVar(&o.markdown, "markdown", "", "file to write the table to that docs/performance.md has")
 	f.StringVar(&o.imgnbd, "imgnbd", "", "the program (default is built from ./cmd/imgnbd); none: peers only")
 	f.StringVar(&o.base, "base", "", "another build of it to compare with, or [NAME=VALUE...] PATH: with another environment")
 	f.StringVar(&o.match, "run", "", "only workloads that match this regular expression, of all")
@@ -148,6 +150,9 @@ func run(ctx context.Context, args []string) error {
 			err = os.WriteFile(o.json, append(b, '\n'), 0o644)
 		}
 		failed = errors.Join(failed, err)
+	}
+	if o.markdown != "" {
+		failed = errors.Join(failed, os.WriteFile(o.markdown, []byte(markdown(findings)), 0o644))
 	}
 	if o.plot != "" {
 		failed = errors.Join(failed, os.WriteFile(o.plot, []byte(plot(findings)), 0o644))

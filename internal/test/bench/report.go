@@ -50,6 +50,7 @@ type finding struct {
 	Goal     goal   `json:"goal"`
 	Rows     []row  `json:"rows"`
 	inBytes  bool
+	opening  bool
 	// Of the first of our builds: to the peer whose median rate is best, and to
 	// the other build if two are compared.
 	Peer *ratio `json:"best_peer,omitempty"`
@@ -89,7 +90,7 @@ func newRow(s server, samples []sample) row {
 }
 
 func newFinding(w workload, rows []row) finding {
-	f := finding{Workload: w.name, Goal: w.goal, Rows: rows, inBytes: w.inBytes()}
+	f := finding{Workload: w.name, Goal: w.goal, Rows: rows, inBytes: w.inBytes(), opening: w.opening}
 	var ours, best, base *row
 	for i := range rows {
 		switch r := &rows[i]; {
