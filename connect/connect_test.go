@@ -149,6 +149,11 @@ func TestForgetZeroing(t *testing.T) {
 			t.Fatal(err)
 		}
 		k.log = nil
+		// Who cannot write asks for nothing.
+		a = attach(t, h, to(device, peer{size: 1 << 20, flags: nbd.FlagHasFlags | nbd.FlagReadOnly}))
+		if err := errors.Join(a.Detach(limited(t), false), a.Close()); err != nil {
+			t.Fatal(err)
+		}
 		for range 2 { // the second time there is nothing to forget
 			a = attach(t, h, to(device, plain))
 			if a.Path() != "/dev/nbd1" {
@@ -167,7 +172,7 @@ func TestForgetZeroing(t *testing.T) {
 				got = append(got, l)
 			}
 		}
-		want := []string{"connect 1", "disconnect 1", "connect 1", "disconnect 1", "connect 1", "disconnect 1"}
+		want := []string{"connect 1", "disconnect 1", "connect 1", "disconnect 1", "connect 1", "disconnect 1", "connect 1", "disconnect 1"}
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("%s: %s", device, diff)
 		}

@@ -43,10 +43,11 @@ func (h *host) endReadOnly(index int) error {
 
 // connectFresh is connectWhenFree, with a device that does not ask for zeroing
 // if the export does not offer it. Since Linux 6.12 a device that was once
-// attached to one that did goes on asking, and what it asks for fails.
+// attached to one that did goes on asking, and what it asks for fails. Of a
+// read-only device nobody can ask.
 func (h *host) connectFresh(ctx context.Context, c *config) (int, error) {
 	switch {
-	case c.flags&uint64(nbd.FlagSendWriteZeroes) != 0:
+	case c.flags&uint64(nbd.FlagSendWriteZeroes|nbd.FlagReadOnly) != 0:
 		return h.connectWhenFree(ctx, c)
 	case c.index != anyIndex:
 		var err error
