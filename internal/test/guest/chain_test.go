@@ -11,7 +11,7 @@ import (
 )
 
 // From an empty image to files and back, with every tool that a person would
-// use, nothing waited for in between: on raw, qcow2 and a backing chain, with
+// use, nothing waited for in between but udev: on raw, qcow2 and a backing chain, with
 // udev and without, whatever the module was told of partitions, and with
 // others' programs on the one side or the other.
 const chain = `
@@ -50,6 +50,8 @@ chain() {
     [ "$(blockdev --getsize64 /dev/nbd0)" = 629145600 ] || fail "$(blockdev --getsize64 /dev/nbd0) bytes"
     nodes /dev/nbd0
     printf 'label: gpt\n,100M\n,350M\n,\n' | sfdisk -q /dev/nbd0
+    # Udev reads the table once more after sfdisk, nodes go and come.
+    ! pgrep -x systemd-udevd >/dev/null || udevadm settle
     nodes /dev/nbd0 1 2 3
     # To make a file system discards what was there.
     head -c 30M /dev/zero | tr '\000' x | dd of=/dev/nbd0p1 bs=1M conv=fsync status=none
