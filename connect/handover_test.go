@@ -14,7 +14,7 @@ import (
 // lives returns the predecessor that a live server is.
 func lives(t *testing.T, h *host) *Predecessor {
 	t.Helper()
-	p, err := h.findPredecessor(limited(t), "/dev/nbd1", true)
+	p, err := h.findPredecessor(limited(t), "/dev/nbd1", "", true)
 	if err != nil || p == nil || !p.Lives() {
 		t.Fatalf("%v, %v", p, err)
 	}
@@ -129,7 +129,7 @@ func TestHandOver(t *testing.T) {
 		t.Errorf("%+v", s)
 	}
 	// The lock goes with the device.
-	if p, err := h.findPredecessor(limited(t), "/dev/nbd1", false); p != nil || err != nil {
+	if p, err := h.findPredecessor(limited(t), "/dev/nbd1", "", false); p != nil || err != nil {
 		t.Errorf("%v, %v", p, err)
 	}
 	lives(t, h).Close()
@@ -183,7 +183,7 @@ func TestHandOverBroken(t *testing.T) {
 	if err := os.Remove(h.controlPath(1)); err != nil {
 		t.Fatal(err)
 	}
-	if p, err := h.findPredecessor(limited(t), "/dev/nbd1", true); p != nil || err == nil || !strings.Contains(err.Error(), "cannot be asked") {
+	if p, err := h.findPredecessor(limited(t), "/dev/nbd1", "", true); p != nil || err == nil || !strings.Contains(err.Error(), "cannot be asked") {
 		t.Errorf("%v, %v", p, err)
 	}
 	if err := a.Close(); err != nil {

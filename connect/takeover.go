@@ -77,10 +77,12 @@ func FindPredecessor(ctx context.Context, device string, live bool) (*Predecesso
 	if err != nil {
 		return nil, err
 	}
-	return h.findPredecessor(ctx, device, live)
+	return h.findPredecessor(ctx, device, "", live)
 }
 
-func (h *host) findPredecessor(ctx context.Context, device string, live bool) (*Predecessor, error) {
+// findPredecessor looks for a server of an image, or for the process between the
+// kernel and a server.
+func (h *host) findPredecessor(ctx context.Context, device, server string, live bool) (*Predecessor, error) {
 	if device == Auto {
 		return nil, nil
 	}
@@ -93,7 +95,7 @@ func (h *host) findPredecessor(ctx context.Context, device string, live bool) (*
 	for {
 		s := h.server(index)
 		s.close()
-		if !s.known() || s.Server != "" {
+		if !s.known() || s.Server != server || s.Direct {
 			return nil, nil
 		}
 		f, err := os.OpenFile(s.path, os.O_RDWR, 0)
@@ -130,7 +132,7 @@ func (h *host) findPredecessor(ctx context.Context, device string, live bool) (*
 func (p *Predecessor) Path() string { return p.host.path(p.index) }
 
 // Image returns the name of what it waits for.
-func (p *Predecessor) Image() string { return p.record.Image }
+func (p *Predecessor) Image() string { return p.record.Image + p.record.Server }
 
 // Identity returns what the dead server has noted.
 func (p *Predecessor) Identity() Identity { return p.record.Identity }
@@ -162,12 +164,12 @@ func (p *Predecessor) Check(offered string, stores []string, properties []Proper
 			was = p.record.Stores[i]
 		}
 		if was != is {
-			return &DifferentError{Path: p.Path(), Image: p.record.Image, Offered: offered, Was: was, Is: is}
+			return &DifferentError{Path: p.Path(), Image: p.Image(), Offered: offered, Was: was, Is: is}
 		}
 	}
 	for _, is := range properties {
 		if was := p.record.property(is.Name); was != is.Value {
-			return &DifferentError{p.Path(), p.record.Image, offered, is.Name, orNone(was), orNone(is.Value)}
+			return &DifferentError{p.Path(), p.Image(), offered, is.Name, orNone(was), orNone(is.Value)}
 		}
 	}
 	return nil
@@ -292,11 +294,11 @@ func (a *Attachment) look(ctx context.Context) (*config, []net.Conn, error) {
 		return nil, conns, err
 	}
 	p := Predecessor{host: a.host, index: a.index, record: a.record}
-	if err := p.Check(a.opt.Image, nil, c.properties()); err != nil {
+	if err := p.Check(a.opt.Image+a.opt.Server, nil, c.properties()); err != nil {
 		return nil, conns, err
 	}
 	if size := a.host.size(a.index); size != c.size { // the kernel's word counts
-		return nil, conns, &DifferentError{a.Path(), p.Image(), a.opt.Image, "size", fmt.Sprint(size), fmt.Sprint(c.size)}
+		return nil, conns, &DifferentError{a.Path(), p.Image(), a.opt.Image + a.opt.Server, "size", fmt.Sprint(size), fmt.Sprint(c.size)}
 	}
 	return c, conns, nil
 }

@@ -38,7 +38,7 @@ func orphan(t *testing.T, h *host, peers ...peer) *Predecessor {
 	t.Helper()
 	a := attach(t, h, offer("/dev/nbd1", peers...))
 	a.record.f.Close()
-	o, err := h.findPredecessor(limited(t), "/dev/nbd1", false)
+	o, err := h.findPredecessor(limited(t), "/dev/nbd1", "", false)
 	if err != nil || o == nil {
 		t.Fatalf("%v, %v", o, err)
 	}
@@ -62,7 +62,7 @@ func TestTakeOver(t *testing.T) {
 	if d := h.devices(); len(d) != 1 || d[0].Image != "/disk" {
 		t.Errorf("%+v", d)
 	}
-	if again, err := h.findPredecessor(limited(t), "/dev/nbd1", false); again != nil || err != nil {
+	if again, err := h.findPredecessor(limited(t), "/dev/nbd1", "", false); again != nil || err != nil {
 		t.Errorf("%v, %v: there are two", again, err)
 	}
 
@@ -86,7 +86,7 @@ func TestTakeOver(t *testing.T) {
 	if s := h.server(1); !s.alive() || s.PID != os.Getpid() || s.Image != "/other name of it" || s.Journal != "J" {
 		t.Errorf("%+v", s)
 	}
-	if o, err := h.findPredecessor(limited(t), "/dev/nbd1", false); o != nil || err != nil {
+	if o, err := h.findPredecessor(limited(t), "/dev/nbd1", "", false); o != nil || err != nil {
 		t.Errorf("a live server has died: %v, %v", o, err)
 	}
 	if err := errors.Join(a.Detach(limited(t), false), a.Close()); err != nil {
@@ -127,7 +127,7 @@ func TestTakeOverRefused(t *testing.T) {
 		if err := o.Close(); err != nil {
 			t.Error(err)
 		}
-		if next, err := h.findPredecessor(limited(t), "/dev/nbd1", false); next == nil {
+		if next, err := h.findPredecessor(limited(t), "/dev/nbd1", "", false); next == nil {
 			t.Errorf("%q: it does not wait on: %v", want, err)
 		}
 	}
@@ -184,18 +184,18 @@ func TestNoPredecessor(t *testing.T) {
 	k.write("nbd2", "pid", "1") // by somebody else
 	k.write("nbd2", "size", "8")
 	for _, device := range []string{"/dev/nbd0", "/dev/nbd1", "/dev/nbd2", Auto} {
-		if o, err := h.findPredecessor(limited(t), device, false); o != nil || err != nil {
+		if o, err := h.findPredecessor(limited(t), device, "", false); o != nil || err != nil {
 			t.Errorf("%s: %v, %v", device, o, err)
 		}
 	}
-	if _, err := h.findPredecessor(limited(t), "/dev/sda", false); err == nil {
+	if _, err := h.findPredecessor(limited(t), "/dev/sda", "", false); err == nil {
 		t.Error("/dev/sda is one")
 	}
 	// What a dead server has left says nothing of what another program has
 	// attached since.
 	a.record.f.Close()
 	k.write("nbd0", "backend", "other")
-	if o, err := h.findPredecessor(limited(t), "/dev/nbd0", false); o != nil || err != nil {
+	if o, err := h.findPredecessor(limited(t), "/dev/nbd0", "", false); o != nil || err != nil {
 		t.Errorf("%v, %v", o, err)
 	}
 	// Without the record nobody knows what it was.
@@ -203,7 +203,7 @@ func TestNoPredecessor(t *testing.T) {
 	if err := os.Remove(h.recordPath(0)); err != nil {
 		t.Fatal(err)
 	}
-	if o, err := h.findPredecessor(limited(t), "/dev/nbd0", false); o != nil || err != nil {
+	if o, err := h.findPredecessor(limited(t), "/dev/nbd0", "", false); o != nil || err != nil {
 		t.Errorf("%v, %v", o, err)
 	}
 }
@@ -221,7 +221,7 @@ func TestPredecessorLookedAt(t *testing.T) {
 		t.Fatal(err)
 	}
 	time.AfterFunc(100*time.Millisecond, func() { f.Close() })
-	if o, err := h.findPredecessor(limited(t), "/dev/nbd0", false); o == nil || err != nil {
+	if o, err := h.findPredecessor(limited(t), "/dev/nbd0", "", false); o == nil || err != nil {
 		t.Errorf("%v, %v", o, err)
 	}
 }

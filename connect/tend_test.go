@@ -179,6 +179,78 @@ func TestUnattended(t *testing.T) {
 	}
 }
 
+// Where data passes through the process, its death leaves a device that waits,
+// for a process that goes to the same export.
+func TestAdopt(t *testing.T) {
+	h, k := newFake(t)
+	r := &remote{peer: &disk}
+	opt := Options{Device: "/dev/nbd0", Server: "nbd://server/disk", Dial: r.dial, MaxPart: -1, DeadTimeout: time.Minute, Connections: 1}
+	a := attach(t, h, opt)
+	if err := a.record.f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if got := state(h); got != Dead {
+		t.Error(got)
+	}
+	for _, server := range []string{"", "nbd://other/disk"} {
+		if p, err := h.findPredecessor(limited(t), "/dev/nbd0", server, false); p != nil || err != nil {
+			t.Errorf("%q: %v, %v", server, p, err)
+		}
+	}
+	p, err := h.findPredecessor(limited(t), "/dev/nbd0", a.opt.Server, false)
+	if p == nil || err != nil {
+		t.Fatal(p, err)
+	}
+	for want, change := range map[string]func(*Options){
+		"had 1 connections, not 2": func(o *Options) { o.Connections = 2 },
+		"with size 1048576; nbd://server/disk has 2097152": func(o *Options) {
+			o.Dial = func(context.Context) (net.Conn, error) { return peer{size: 2 << 20, flags: writable}.dial(), nil }
+		},
+		"no route": func(o *Options) {
+			o.Dial = func(context.Context) (net.Conn, error) { return nil, errors.New("no route") }
+		},
+	} {
+		other := opt
+		change(&other)
+		if _, err := p.Adopt(limited(t), other); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: %v", want, err)
+		}
+	}
+	next, err := p.Adopt(limited(t), opt)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := state(h); got != Live {
+		t.Error(got)
+	}
+	result := make(chan error, 1)
+	go func() { result <- next.Tend(limited(t)) }()
+	k.lines <- 0
+	for ctx := limited(t); ; {
+		k.mu.Lock()
+		n := strings.Count(strings.Join(k.log, ","), "reconfigure")
+		k.mu.Unlock()
+		if n == 2 {
+			break
+		}
+		if err := sleep(ctx, 5*time.Millisecond); err != nil {
+			t.Fatal("it is not tended")
+		}
+	}
+	if err := errors.Join(next.Detach(limited(t), false), <-result, next.Close()); err != nil {
+		t.Error(err)
+	}
+	// Which the kernel reaches by itself is nobody's to adopt.
+	direct := attach(t, h, opt)
+	direct.record.Direct = true
+	if err := errors.Join(direct.record.write(), direct.record.f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if p, err := h.findPredecessor(limited(t), "/dev/nbd0", direct.opt.Server, false); p != nil || err != nil {
+		t.Errorf("%v, %v", p, err)
+	}
+}
+
 // The options of a device change what the kernel is told of an export.
 func TestConfig(t *testing.T) {
 	s := &nbd.Session{ExportInfo: nbd.ExportInfo{Name: "disk", Size: 1<<20 + 512, Flags: writable, BlockSize: nbd.BlockSize{Min: 1, Preferred: 4096, Max: 1 << 25}}}

@@ -221,7 +221,11 @@ func (s *service) attach(pred *connect.Predecessor, opt connect.Options) (*conne
 	opt.Timeout, opt.DeadTimeout = c.timeout, c.deadTimeout
 	opt.Log = s.u.logger(s.opt.verbose)
 	if pred != nil {
-		a, err := pred.TakeOver(ctx, opt)
+		take := pred.TakeOver
+		if opt.Server != "" {
+			take = pred.Adopt
+		}
+		a, err := take(ctx, opt)
 		return a, differs(err)
 	}
 	a, err := connect.Attach(ctx, opt)

@@ -211,13 +211,23 @@ func (s *service) runRemote(r *remote) (err error) {
 		}
 	}
 	s.file = r.uri.String()
-	a, err := s.attach(nil, connect.Options{
+	pred, err := connect.FindUntended(context.Background(), s.opt.connect.device, s.file)
+	if err != nil {
+		return err
+	}
+	if pred != nil && !s.opt.flags.Changed("connections") {
+		s.opt.connect.connections = pred.Connections()
+	}
+	a, err := s.attach(pred, connect.Options{
 		Export: r.uri.Export,
 		NoGo:   r.noGo,
 		Server: s.file,
 		Dial:   r.dial,
 		Size:   r.size,
 	})
+	if err != nil && pred != nil {
+		err = errors.Join(err, pred.Close())
+	}
 	if refused, ok := errors.AsType[*nbd.OptionError](err); ok && refused.Reply == nbd.RepErrTLSReqd {
 		return hinted(err, "begin the URI with nbds, or name credentials with --tls-creds")
 	}

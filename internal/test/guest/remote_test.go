@@ -102,6 +102,19 @@ remote() {
     serve $kind
     wait $syncing || fail "sync: $?"
     state live || fail "$(imgnbd devices)"
+    if [ $kind = nbdkit ]; then # over TLS the data passes through a process
+        pid=$(server /dev/nbd0)
+        kill -KILL $pid
+        eventually gone $pid
+        state dead
+        head -c 1M /dev/urandom >m/waiting
+        (cd m && md5sum waiting >>sums)
+        sync -f m &
+        syncing=$!
+        imgnbd -c /dev/nbd0 "$uri"
+        wait $syncing || fail "sync: $?"
+        state live
+    fi
     head -c 1M /dev/urandom >m/later
     (cd m && md5sum later >>sums)
     sync -f m
