@@ -390,9 +390,20 @@ func (h *handshake) send(opt Option, data []byte) error {
 	b = binary.BigEndian.AppendUint32(b, uint32(opt))
 	b = binary.BigEndian.AppendUint32(b, uint32(len(data)))
 	if _, err := h.conn.Write(append(b, data...)); err != nil {
-		return fmt.Errorf("option %s: %w", opt, err)
+		return fmt.Errorf("option %s: %w", opt, h.lastWord(err))
 	}
 	return nil
+}
+
+// lastWord is why the server has left, if it has said so in TLS, or else err. A
+// client whose certificate is refused has gone on by then, and is told by who
+// reads, not by who writes.
+func (h *handshake) lastWord(err error) error {
+	_, e := h.conn.Read(make([]byte, 1))
+	if said, ok := errors.AsType[*net.OpError](e); ok && said.Op == "remote error" {
+		return said
+	}
+	return err
 }
 
 // reply reads one reply to opt; a refusal is an *OptionError.
