@@ -47,8 +47,7 @@ test: judges ## install what the tests need (Debian, Ubuntu) and run them all; a
 
 .PHONY: race
 race: judges ## the tests under the race detector, with fewer seeds; SHORT= for all
-	@# What runs in guests is built without it.
-	$(GO) run ./internal/test/strict -skips .ci/skips -- -race $(SHORT) -timeout 40m $$($(GO) list $(PKG) | grep -v /internal/test/guest)
+	$(GO) run ./internal/test/strict -skips .ci/skips -- -race $(SHORT) -timeout 40m $(PKG)
 
 .PHONY: interop
 interop: judges ## only our server with others' clients, and our client with others' servers
