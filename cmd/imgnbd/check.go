@@ -61,12 +61,15 @@ func checkCommand() *command {
 			// To qemu-img these are no results.
 			Report: func(f image.Finding) { u.bare(f.Text) },
 		}
-		if progress && !quiet {
-			shown := progressOf(u)
-			what.Progress = shown.show
-			defer shown.end()
+		check := func() (image.CheckResult, string, error) {
+			if progress && !quiet {
+				shown := progressOf(u)
+				what.Progress = shown.show
+				defer shown.end()
+			}
+			return t.check(chain, what)
 		}
-		res, format, err := t.check(chain, what)
+		res, format, err := check()
 		if err == nil && res.CorruptionsFixed+res.LeaksFixed > 0 {
 			if !quiet && !form.json {
 				u.printf("The following inconsistencies were found and repaired:\n\n"+
@@ -74,7 +77,7 @@ func checkCommand() *command {
 			}
 			corruptions, leaks := res.CorruptionsFixed, res.LeaksFixed
 			what.Repair = image.RepairNothing
-			res, format, err = t.check(chain, what)
+			res, format, err = check()
 			res.CorruptionsFixed, res.LeaksFixed = corruptions, leaks
 		}
 		if err != nil {
