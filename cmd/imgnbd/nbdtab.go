@@ -78,47 +78,24 @@ func parseNBDTab(u *ui, r io.Reader, name string) (*clientOptions, error) {
 // setNBDTab sets an option of a line, and reports whether there is one of that
 // name.
 func (c *clientOptions) setNBDTab(key, value string) (known bool, err error) {
-	number := func(n *int) (bool, error) {
-		*n, err = strconv.Atoi(value)
-		if err != nil || *n < 0 {
+	text := map[string]*string{"port": &c.port, "certfile": &c.cert, "keyfile": &c.key, "cacertfile": &c.ca, "tlshostname": &c.tlsHost}
+	var seconds int // of timeout
+	number := map[string]*int{"bs": &c.blockSize, "conns": &c.connections, "timeout": &seconds}
+	set := map[string]*bool{"no_optgo": &c.noGo, "persist": &c.persist, "swap": &c.swap, "sdp": &c.sdp, "unix": &c.unix,
+		"preinit": &c.preinit, "tls": &c.tls}
+	switch {
+	case text[key] != nil:
+		*text[key] = value
+	case set[key] != nil:
+		*set[key] = true
+	case number[key] != nil:
+		n, err := strconv.Atoi(value)
+		if err != nil || n < 0 {
 			return true, errors.New("not a number")
 		}
-		return true, nil
-	}
-	switch key {
-	case "port":
-		c.port = value
-	case "certfile":
-		c.cert = value
-	case "keyfile":
-		c.key = value
-	case "cacertfile":
-		c.ca = value
-	case "tlshostname":
-		c.tlsHost = value
-	case "bs":
-		return number(&c.blockSize)
-	case "conns":
-		return number(&c.connections)
-	case "timeout":
-		var seconds int
-		_, err := number(&seconds)
-		c.timeout = time.Duration(seconds) * time.Second
-		return true, err
-	case "no_optgo":
-		c.noGo = true
-	case "persist":
-		c.persist = true
-	case "swap":
-		c.swap = true
-	case "sdp":
-		c.sdp = true
-	case "unix":
-		c.unix = true
-	case "preinit":
-		c.preinit = true
-	case "tls":
-		c.tls = true
+		if *number[key] = n; key == "timeout" {
+			c.timeout = time.Duration(n) * time.Second
+		}
 	default:
 		return false, nil
 	}
