@@ -90,7 +90,7 @@ func (h *host) findPredecessor(ctx context.Context, device, server string, live 
 	if err != nil || !h.connected(index) {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("%s: %s cannot be used, after %v", h.path(index), h.recordPath(index), patience))
 	defer cancel()
 	for {
 		s := h.server(index)
