@@ -244,16 +244,18 @@ func TestKilled(t *testing.T) {
 truncate -s 64M disk.raw other.raw
 printf ',\n' | sfdisk -q disk.raw
 mkdir m
+idle() { [[ $(cat /sys/block/nbd0/inflight) =~ ^\ *0\ *0$ ]]; }
 for connections in 1 3; do
     imgnbd -c /dev/nbd0 --connections=$connections --dead-timeout=0 -f raw disk.raw
-    mkfs.ext4 -q -F /dev/nbd0p1
+    mkfs.ext4 -q -F -E lazy_itable_init=0,lazy_journal_init=0 /dev/nbd0p1
     mount /dev/nbd0p1 m
     fill m
     sync -f m
-    head -c 10M /dev/urandom >m/dirty
     pid=$(server /dev/nbd0)
+    eventually idle # what is under way waits for the kernel's timer
     kill -KILL $pid
     eventually gone $pid
+    head -c 10M /dev/urandom >m/dirty || true
     if sync m/dirty 2>/dev/null; then fail 'a write that nobody took'; fi
     imgnbd devices
     imgnbd devices | grep -q '^/dev/nbd0 .* dead .*disk.raw'
