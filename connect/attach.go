@@ -54,6 +54,7 @@ type Options struct {
 	// image that this process serves, or the server that Dial connects to. For
 	// a server the Attachment is to be tended.
 	Image, Server string
+	Partition     int      // of Image, which alone is attached; 0: all of it
 	Identity      Identity // of an image
 
 	ReadOnly  bool  // also where the server allows writes
@@ -180,7 +181,7 @@ func (h *host) attach(ctx context.Context, opt Options) (_ *Attachment, err erro
 		}
 	}()
 	if a.record, err = h.newRecord(ctx, a.index, Record{
-		Backend: a.backend, PID: os.Getpid(), Image: opt.Image, Server: opt.Server, Connections: len(conns),
+		Backend: a.backend, PID: os.Getpid(), Image: opt.Image, Partition: opt.Partition, Server: opt.Server, Connections: len(conns),
 		Identity: opt.Identity.with(c.properties()), Direct: opt.Server != "" && !a.relays.used,
 	}); err != nil {
 		return nil, err

@@ -56,7 +56,9 @@ func TestAttach(t *testing.T) {
 	k.scanErrs = []error{syscall.EBUSY} // udev
 	k.write(name(1), "ro", "1")         // by somebody before
 	p := peer{size: 1<<20 + 4095, flags: writable | nbd.FlagRotational | nbd.FlagSendDF | nbd.FlagCanMultiConn | nbd.FlagSendCache, block: 4096}
-	a := attach(t, h, to("/dev/nbd1", p, p))
+	opt := to("/dev/nbd1", p, p)
+	opt.Partition = 3
+	a := attach(t, h, opt)
 	if a.Path() != "/dev/nbd1" {
 		t.Error(a.Path())
 	}
@@ -79,7 +81,7 @@ func TestAttach(t *testing.T) {
 	if got := h.read(1, "nbd1", "queue/rotational"); got != "1" {
 		t.Errorf("rotational %s", got)
 	}
-	d := Device{Path: "/dev/nbd1", Size: 1 << 20, Image: "/disk", Connections: 2, PID: os.Getpid(), State: Live,
+	d := Device{Path: "/dev/nbd1", Size: 1 << 20, Image: "/disk", Partition: 3, Connections: 2, PID: os.Getpid(), State: Live,
 		Partitions: []Partition{{"/dev/nbd1p1", 1 << 20, 51200}, {"/dev/nbd1p2", 1 << 20, 51200}}}
 	if diff := cmp.Diff([]Device{d}, h.devices()); diff != "" {
 		t.Error(diff)

@@ -262,7 +262,8 @@ func (p *Predecessor) succeed(ctx context.Context, opt Options) (*Attachment, er
 		return nil, err
 	}
 	r := p.record.Record
-	p.record.PID, p.record.Image, p.record.Identity = os.Getpid(), opt.Image, opt.Identity.with(c.properties())
+	p.record.PID, p.record.Image, p.record.Partition = os.Getpid(), opt.Image, opt.Partition
+	p.record.Identity = opt.Identity.with(c.properties())
 	if err := p.control.SetDeadline(time.Now().Add(handoverTime)); err != nil {
 		return nil, err
 	}

@@ -12,10 +12,12 @@ type Device struct {
 	Size     uint64 // bytes
 	ReadOnly bool
 
-	// Image or Server, and Connections, are known of devices of this module's.
+	// Image, of which a Partition may be all that is attached, or Server, and
+	// Connections, are known of devices of this module's.
 	// PID is that of the process that serves or tends the device, or else of
 	// the program that attached it, which may have ended; 0: unknown.
 	Image       string
+	Partition   int // 0: all of Image
 	Server      string
 	Connections int
 	PID         int
@@ -79,7 +81,8 @@ func (h *host) device(index int) Device {
 	}
 	if s := h.server(index); s.known() {
 		defer s.close()
-		d.Image, d.Server, d.Connections, d.PID, d.State = s.Image, s.Server, s.Connections, s.PID, s.state()
+		d.Image, d.Partition, d.Server = s.Image, s.Partition, s.Server
+		d.Connections, d.PID, d.State = s.Connections, s.PID, s.state()
 	} else if d.PID, _ = strconv.Atoi(h.read(index, n, "pid")); h.program(strconv.Itoa(d.PID)) == "" {
 		d.State = Unattended
 	}
@@ -92,10 +95,18 @@ func (h *host) device(index int) Device {
 	return d
 }
 
+// Source names what is attached, for people; "": nobody knows.
+func (d *Device) Source() string {
+	if d.Partition != 0 {
+		return d.Image + ", partition " + strconv.Itoa(d.Partition)
+	}
+	return d.Image + d.Server
+}
+
 // describe says what is attached to a device.
 func (h *host) describe(index int) string {
 	d := h.device(index)
-	what := d.Image + d.Server
+	what := d.Source()
 	if what == "" {
 		what = "attached"
 	}

@@ -19,7 +19,8 @@ import (
 type Record struct {
 	Backend     string `json:"backend"` // the same as in /sys/block/nbdX/backend
 	PID         int    `json:"pid"`
-	Image       string `json:"image,omitempty"`  // that it serves
+	Image       string `json:"image,omitempty"` // that it serves
+	Partition   int    `json:"partition,omitempty"`
 	Server      string `json:"server,omitempty"` // or where the server is
 	Connections int    `json:"connections"`
 	Identity

@@ -241,7 +241,7 @@ func (p *Predecessor) TakeOver(ctx context.Context, opt Options) (*Attachment, e
 		select {
 		case err = <-answers:
 			if err == nil {
-				p.record.PID, p.record.Image = os.Getpid(), opt.Image
+				p.record.PID, p.record.Image, p.record.Partition = os.Getpid(), opt.Image, opt.Partition
 				return a, errors.Join(p.record.write(), a.listen())
 			}
 			asking = false

@@ -187,9 +187,10 @@ func (s *service) protect() error {
 // for a new device or for one that waits.
 func (s *service) attachImage(pred *connect.Predecessor, e *export.Export) (*connect.Attachment, error) {
 	return s.attach(pred, connect.Options{
-		Export:   e.Name,
-		Image:    s.opt.connect.origin.name,
-		Identity: s.opt.connect.origin.identity(s.opt, e),
+		Export:    e.Name,
+		Image:     s.opt.connect.origin.name,
+		Partition: s.opt.partition,
+		Identity:  s.opt.connect.origin.identity(s.opt, e),
 		Dial: func(context.Context) (net.Conn, error) {
 			ours, theirs, err := connect.SocketPair()
 			if err != nil {

@@ -43,6 +43,7 @@ type listedDevice struct {
 	ReadOnly    bool              `json:"read-only"`
 	State       connect.State     `json:"state"`
 	Image       string            `json:"image,omitempty"`
+	Partition   int               `json:"partition,omitempty"`
 	Server      string            `json:"server,omitempty"`
 	Connections int               `json:"connections,omitempty"`
 	PID         int               `json:"pid,omitempty"`
@@ -66,7 +67,7 @@ type listedHolder struct {
 func listedDevices(devices []connect.Device) []listedDevice {
 	list := []listedDevice{}
 	for _, d := range devices {
-		l := listedDevice{d.Path, d.Size, d.ReadOnly, d.State, d.Image, d.Server, d.Connections, d.PID, d.Program,
+		l := listedDevice{d.Path, d.Size, d.ReadOnly, d.State, d.Image, d.Partition, d.Server, d.Connections, d.PID, d.Program,
 			[]listedPartition{}, []listedHolder{}}
 		for _, p := range d.Partitions {
 			l.Partitions = append(l.Partitions, listedPartition{p.Path, p.Start, p.Size})
@@ -98,7 +99,7 @@ func printDevices(u *ui, devices []connect.Device) {
 			pid = strconv.Itoa(d.PID)
 		}
 		use := uses(d.Holders, d.Path)
-		row(d.Path, sizeText(int64(d.Size)), mode, string(d.State), pid, program, printable(d.Image+d.Server), use[0])
+		row(d.Path, sizeText(int64(d.Size)), mode, string(d.State), pid, program, printable(d.Source()), use[0])
 		for _, more := range use[1:] {
 			row(d.Path, "", "", "", "", "", "", more)
 		}

@@ -18,24 +18,26 @@ func TestPrintDevices(t *testing.T) {
 				{Device: "/dev/nbd0p2", Use: connect.Claimed, Name: "/dev/mapper/vg-lv"}}},
 		{Path: "/dev/nbd1", Size: 1 << 20, ReadOnly: true, Server: "nbd://host/name", PID: 99, Program: "imgnbd", State: connect.Away,
 			Holders: []connect.Holder{{Device: "/dev/nbd1", Use: connect.Swap}}},
+		{Path: "/dev/nbd2", Size: 4096, Image: "/disk.raw", Partition: 5, Connections: 1, PID: 100, State: connect.Dead},
 		{Path: "/dev/nbd10", Size: 512, PID: 7, State: connect.Unattended},
 	}
 	var out bytes.Buffer
 	u := newUI("imgnbd", nil, &out, nil)
 	printDevices(u, devices)
-	const want = `DEVICE       SIZE     MODE  STATE       PID   PROGRAM  IMAGE OR SERVER  USE
+	const want = `DEVICE       SIZE     MODE  STATE       PID   PROGRAM  IMAGE OR SERVER         USE
 /dev/nbd0    1 GiB    rw    live        1234  imgnbd   /disk.qcow2
-/dev/nbd0p1  100 MiB                                                    mounted on /mnt
-/dev/nbd0p1                                                             mounted on /a�b
-/dev/nbd0p2  900 MiB                                                    part of /dev/mapper/vg-lv
-/dev/nbd1    1 MiB    ro    away        99    imgnbd   nbd://host/name  swap
+/dev/nbd0p1  100 MiB                                                           mounted on /mnt
+/dev/nbd0p1                                                                    mounted on /a�b
+/dev/nbd0p2  900 MiB                                                           part of /dev/mapper/vg-lv
+/dev/nbd1    1 MiB    ro    away        99    imgnbd   nbd://host/name         swap
+/dev/nbd2    4 KiB    rw    dead        100            /disk.raw, partition 5
 /dev/nbd10   512 B    rw    unattended  7
 `
 	if diff := cmp.Diff(strings.ReplaceAll(want, `\ufffd`, "\ufffd"), out.String()); diff != "" {
 		t.Error(diff)
 	}
 	out.Reset()
-	if err := u.json(listedDevices(devices[1:2])); err != nil {
+	if err := u.json(listedDevices(devices[1:3])); err != nil {
 		t.Fatal(err)
 	}
 	const wantJSON = `[
@@ -54,6 +56,20 @@ func TestPrintDevices(t *testing.T) {
                 "device": "/dev/nbd1",
                 "use": "swap"
             }
+        ]
+    },
+    {
+        "device": "/dev/nbd2",
+        "size": 4096,
+        "read-only": false,
+        "state": "dead",
+        "image": "/disk.raw",
+        "partition": 5,
+        "connections": 1,
+        "pid": 100,
+        "partitions": [
+        ],
+        "holders": [
         ]
     }
 ]

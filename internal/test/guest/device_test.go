@@ -39,6 +39,7 @@ for image in two.raw five.raw gpt.raw; do
     while read -r n start size; do
         dev=$(imgnbd -r -c auto --partition=$n -f raw $image)
         [ "$(blockdev --getsz $dev)" = $size ]
+        imgnbd devices | grep -q "^$dev .* $PWD/$image, partition $n$"
         [ "$(head -n 1 $dev)" = "partition $n" ]
         cmp -n 4096 $dev /dev/nbd0p$n || [ $size -lt 8 ]
         imgnbd -d $dev >/dev/null
