@@ -69,7 +69,13 @@ type Options struct {
 	// left something in it, Open brings that back first, or fails. Whoever
 	// provides it sees to it that its last user is dead, on this boot. It stays
 	// mapped until the device has closed the store. nil: none.
-	Journal []byte
+	//
+	// What is beyond its length, up to its capacity, is untouched until
+	// GrowJournal has returned nil. It is called once at most, from any
+	// goroutine; an error means that there is no more memory. nil: the length is
+	// all there is.
+	Journal     []byte
+	GrowJournal func() error
 }
 
 // CreateOptions say what image is made.

@@ -33,8 +33,11 @@ type Journal interface {
 	Name() string // for messages: what to remove, if what it holds is given up
 
 	// Memory begins zeroed. Whoever has it sets the first eight bytes while
-	// there is anything in it, and makes them zero when there is nothing.
+	// there is anything in it, and makes them zero when there is nothing. Its
+	// length can be used; its capacity, once Grow has returned nil, or if a
+	// process that died had grown it.
 	Memory() []byte
+	Grow() error
 
 	// Close ends the use of the memory. If there is nothing in it the journal
 	// is gone, otherwise the next Open finds it. A second Close does nothing.

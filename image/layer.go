@@ -152,7 +152,7 @@ func (l *layer) openFormat(ctx context.Context, s storage.Store, f *Format, opt 
 	if j == nil {
 		return f.Open(ctx, s, o)
 	}
-	o.Journal = j.Memory()
+	o.Journal, o.GrowJournal = j.Memory(), j.Grow
 	d, err := f.Open(ctx, &journaled{s, j}, o)
 	if err != nil {
 		return nil, errors.Join(journalError(err, j), j.Close())

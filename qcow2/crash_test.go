@@ -15,7 +15,7 @@ import (
 // simKinds are the images and workloads of the simulator.
 var simKinds = []simKind{
 	{name: "one writer 512 backing", options: "cluster_size=512", size: 128 << 10, hot: 16 << 10, workers: 1, ops: 120, backing: true, journal: 4096},
-	{name: "512 backing", options: "cluster_size=512", size: 128 << 10, hot: 8 << 10, workers: 4, ops: 240, backing: true, journal: 4096},
+	{name: "512 backing", options: "cluster_size=512", size: 128 << 10, hot: 8 << 10, workers: 4, ops: 240, backing: true, journal: 1024, tight: true},
 	{name: "4k backing", options: "cluster_size=4k", size: 512 << 10, hot: 64 << 10, workers: 4, ops: 200, backing: true},
 	{name: "4k", options: "cluster_size=4k", size: 512 << 10, hot: 64 << 10, workers: 4, ops: 200, journal: 64},
 	{name: "512 64 bit counts", options: "cluster_size=512,refcount_bits=64", size: 256 << 10, hot: 128 << 10, workers: 4, ops: 400, journal: 256},
@@ -24,7 +24,7 @@ var simKinds = []simKind{
 	{name: "1k 8 bit counts backing", options: "cluster_size=1k,refcount_bits=8", size: 128 << 10, hot: 16 << 10, workers: 3, ops: 200, backing: true},
 	{name: "64k", options: "cluster_size=64k", size: 1 << 20, hot: 512 << 10, workers: 4, ops: 100, journal: 4096},
 	{name: "version 2", options: "compat=0.10,cluster_size=1k", size: 128 << 10, hot: 16 << 10, workers: 4, ops: 200},
-	{name: "tiny cache", options: "cluster_size=512", size: 2 << 20, hot: 1 << 20, workers: 6, ops: 300, l2cache: "4096", journal: 512},
+	{name: "tiny cache", options: "cluster_size=512", size: 2 << 20, hot: 1 << 20, workers: 6, ops: 300, l2cache: "4096", journal: 512, tight: true},
 	{name: "tiny cache backing", options: "cluster_size=1k", size: 2 << 20, hot: 2 << 20, workers: 4, ops: 200, l2cache: "8192", backing: true},
 	{name: "snapshots", options: "cluster_size=1k", size: 256 << 10, hot: 64 << 10, workers: 4, ops: 200, journal: 1024,
 		before: []string{"write -P 1 0 128k", "write -z 32k 16k"}, after: [][]string{{"snapshot", "-c", "one"}, {"snapshot", "-c", "two"}}},

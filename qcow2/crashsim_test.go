@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"sync"
+	"syscall"
 	"testing"
 	"unsafe"
 
@@ -44,7 +45,8 @@ type simKind struct {
 	before   []string   // commands of qemu-io on the new image
 	after    [][]string // arguments of qemu-img then, before FILE
 	l2cache  string
-	journal  int // records; 0: none
+	journal  int  // records, of which the first quarter is there at once; 0: none
+	tight    bool // the journal does not grow
 	dataFile bool
 	bitmaps  []string // granularities; the image is closed in the end, to store them
 }
@@ -214,7 +216,16 @@ type simStored struct {
 // open opens the image in a store as the sim does, and notes in log what
 // happens to its journal.
 func (s *sim) open(store, data storage.Store, journal []byte, log *storagetest.Log) (*Image, error) {
-	opt := image.Options{Refs: simRefs{s.backing, data}, Unmap: true, Journal: journal}
+	opt := image.Options{Refs: simRefs{s.backing, data}, Unmap: true}
+	if journal != nil {
+		opt.Journal = journal[:max(journalHeader+s.kind.journal/4*recordSize, minJournal)]
+		opt.GrowJournal = func() error {
+			if s.kind.tight {
+				return syscall.ENOSPC
+			}
+			return nil
+		}
+	}
 	if s.kind.l2cache != "" {
 		opt.Params = []image.Param{{Key: "l2-cache-size", Value: s.kind.l2cache}}
 	}

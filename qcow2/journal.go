@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"hash/crc32"
+	"sync"
 	"sync/atomic"
 	"unsafe"
 
@@ -14,11 +15,11 @@ import (
 // of records in memory that does. Each says that an L2 entry changed. Tables
 // and counts are not in it; who replays it makes them again.
 //
-// The memory begins with a header of one page, of which base and failed change
-// while it is in use:
+// The memory begins with a header of one page, of which slots, base and failed
+// change while it is in use:
 //
 //	 0  magic     8 bytes, written last
-//	 8  slots     records that the ring has room for
+//	 8  slots     records that the ring has room for; grows once at most
 //	16  base      number of the first record that is needed
 //	24  failed    not zero after a failed sync
 //	32  identity  CRC-32C of what must not have changed in the image's header
@@ -31,11 +32,17 @@ import (
 // a slot with another number or CRC is none, but not the end. All numbers are
 // in the machine's byte order, as they never leave it.
 type journal struct {
-	memory []byte
-	ring   []byte
+	memory []byte // of which slots tells how much may be touched
 	base   *atomic.Uint64
 	next   atomic.Uint64 // number of the next record
 	held   atomic.Uint64 // slots promised to requests
+	slots  atomic.Uint64 // records that the ring has room for
+
+	// Until it has grown the ring is filled once only: so every record is where
+	// it would be in the larger one.
+	growing sync.Mutex
+	young   atomic.Bool  // it may grow
+	more    func() error // makes the rest of the memory usable
 
 	stored func(off int, b []byte) // told what is stored in memory, in tests
 }
@@ -77,15 +84,19 @@ type owner struct {
 }
 
 // openJournal looks at memory that a process may have left, and returns the
-// records that are needed. now is what the image is.
-func openJournal(memory []byte, now owner) (j *journal, records []record, err error) {
+// records that are needed. now is what the image is. With more, the memory may
+// grow up to its capacity.
+func openJournal(memory []byte, more func() error, now owner) (j *journal, records []record, err error) {
 	if len(memory) < minJournal || uintptr(unsafe.Pointer(&memory[0]))%8 != 0 {
 		return nil, nil, errors.New("the memory for the journal is too small or not aligned")
 	}
-	j = &journal{memory: memory}
+	slots := slotsIn(len(memory))
+	if more != nil {
+		memory = memory[:cap(memory)]
+	}
+	j = &journal{memory: memory, more: more}
 	j.base = j.word(16)
-	slots := uint64(len(memory)-journalHeader) / recordSize
-	j.ring = memory[journalHeader:][:slots*recordSize]
+	j.slots.Store(slots)
 	native := binary.NativeEndian
 	switch j.word(0).Load() {
 	case journalMagic:
@@ -94,9 +105,10 @@ func openJournal(memory []byte, now owner) (j *journal, records []record, err er
 	default:
 		return nil, nil, errors.New("the journal is of another version of this program")
 	}
-	if native.Uint64(memory[8:]) != slots {
+	if slots = native.Uint64(memory[8:]); slots == 0 || slots > slotsIn(len(memory)) {
 		return nil, nil, errors.New("the journal is of another size")
 	}
+	j.slots.Store(slots)
 	failed := native.Uint64(memory[24:]) != 0
 	base := j.base.Load()
 	for n := base; n < base+slots; n++ {
@@ -147,8 +159,9 @@ func openJournal(memory []byte, now owner) (j *journal, records []record, err er
 func (j *journal) start(o owner) {
 	name := o.name[:min(len(o.name), 512)]
 	j.next.Store(max(j.next.Load(), j.base.Load(), 1))
+	j.young.Store(j.more != nil && j.slots.Load() < slotsIn(len(j.memory)) && j.next.Load() <= j.slots.Load())
 	j.store(0, 0) // invalid while it changes
-	binary.NativeEndian.PutUint64(j.memory[8:], uint64(len(j.ring)/recordSize))
+	binary.NativeEndian.PutUint64(j.memory[8:], j.slots.Load())
 	binary.NativeEndian.PutUint64(j.memory[32:], uint64(o.identity))
 	binary.NativeEndian.PutUint64(j.memory[40:], uint64(len(name)))
 	copy(j.memory[48:], name)
@@ -180,18 +193,49 @@ func (j *journal) trace(off, n int) {
 	}
 }
 
-// slots returns how many records the ring has room for.
-func (j *journal) slots() uint64 { return uint64(len(j.ring)) / recordSize }
+// slotsIn returns how many records so many bytes have room for.
+func slotsIn(memory int) uint64 { return uint64(memory-journalHeader) / recordSize }
 
 // reserve promises n slots, or returns false if there is no room for them
 // before the next commit. Each reserve is followed by an unreserve.
 func (j *journal) reserve(n int) bool {
-	held := j.held.Add(uint64(n))
-	if j.next.Load()-j.base.Load()+held <= j.slots() {
+	if j.promise(uint64(n)) {
 		return true
 	}
-	j.unreserve(n)
+	if !j.young.Load() {
+		return false
+	}
+	j.grow()
+	return j.promise(uint64(n))
+}
+
+func (j *journal) promise(n uint64) bool {
+	held := j.held.Add(n)
+	first := uint64(0)
+	if !j.young.Load() {
+		first = j.base.Load()
+	}
+	if j.next.Load()-first+held <= j.slots.Load() {
+		return true
+	}
+	j.held.Add(-n)
 	return false
+}
+
+// grow makes the ring as large as the memory allows. If there is no more of it,
+// the ring stays as it is, and is filled again and again.
+func (j *journal) grow() {
+	j.growing.Lock()
+	defer j.growing.Unlock()
+	if !j.young.Load() {
+		return
+	}
+	if j.more() == nil {
+		most := slotsIn(len(j.memory))
+		j.store(8, most)
+		j.slots.Store(most)
+	}
+	j.young.Store(false)
 }
 
 func (j *journal) unreserve(n int) { j.held.Add(-uint64(n)) }
@@ -216,7 +260,7 @@ func (j *journal) put(n, cluster, now, old uint64) {
 	binary.NativeEndian.PutUint64(p[24:], old)
 	sum := crc32.Checksum(p[8:], castagnoli)
 	(*atomic.Uint64)(unsafe.Pointer(&p[0])).Store(n<<32 | uint64(sum))
-	j.trace(journalHeader+int(n%j.slots())*recordSize, recordSize)
+	j.trace(j.offset(n), recordSize)
 }
 
 // load returns what is in slot n, if that is what was put there last.
@@ -230,9 +274,9 @@ func (j *journal) load(n uint64) (cluster, now, old uint64, ok bool) {
 	return native.Uint64(p[8:]), native.Uint64(p[16:]), native.Uint64(p[24:]), true
 }
 
-func (j *journal) slot(n uint64) []byte {
-	return j.ring[n%j.slots()*recordSize:][:recordSize]
-}
+func (j *journal) slot(n uint64) []byte { return j.memory[j.offset(n):][:recordSize] }
+
+func (j *journal) offset(n uint64) int { return journalHeader + int(n%j.slots.Load())*recordSize }
 
 // end returns the number that the next record will get.
 func (j *journal) end() uint64 { return j.next.Load() }

@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/storage"
 	"github.com/imgnbd/imgnbd/storage/storagetest"
@@ -63,7 +65,7 @@ func TestTakeover(t *testing.T) {
 	if v := crashJudge(mem.Bytes(), nil, nil); len(v.corrupt) > 0 || v.leaks > 0 {
 		t.Errorf("%v, %d leaks", v.corrupt, v.leaks)
 	}
-	if _, records, err := openJournal(memory, owner{}); len(records) > 0 || err != nil {
+	if _, records, err := openJournal(memory, nil, owner{}); len(records) > 0 || err != nil {
 		t.Errorf("the journal has %d records, %v", len(records), err)
 	}
 }
@@ -210,11 +212,117 @@ func TestSeal(t *testing.T) {
 	}
 }
 
+// What a journal may become is not touched before it has grown, and records of
+// before are found afterwards. Where it cannot grow, commits make room.
+func TestJournalGrows(t *testing.T) {
+	const first, all = 16 << 10, 64 << 10
+	for _, full := range []bool{false, true} {
+		t.Run(fmt.Sprintf("full %t", full), func(t *testing.T) {
+			memory, err := unix.Mmap(-1, 0, all, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+			if err == nil {
+				err = unix.Mprotect(memory[first:], unix.PROT_NONE)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer unix.Munmap(memory)
+			asked, warned := 0, 0
+			opt := image.Options{
+				Journal: memory[:first],
+				GrowJournal: func() error {
+					if asked++; full {
+						return syscall.ENOSPC
+					}
+					return unix.Mprotect(memory[first:], unix.PROT_READ|unix.PROT_WRITE)
+				},
+				Warn: func(string) { warned++ },
+			}
+			s := memImage(t, "cluster_size=512", "1M", 0)
+			im, err := Open(context.Background(), s, opt)
+			if err != nil {
+				t.Fatal(err)
+			}
+			const writes = 1000 // and slots for 384 of them at first
+			for i := range int64(writes) {
+				if i == 300 && asked != 0 {
+					t.Error("it grows before it has to")
+				}
+				if err := im.WriteAt(bytes.Repeat([]byte{byte(i) | 1}, 512), i*1024, 0); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if asked != 1 || full != (warned == 1) {
+				t.Errorf("asked %d times to grow, warned %d times", asked, warned)
+			}
+			im.writer.commit.stop()
+			im.mapping.close()
+
+			opt.Journal, opt.GrowJournal = memory[:first], func() error { return syscall.ENOSPC }
+			again, err := Open(context.Background(), recorded(s.Bytes()), opt)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer again.Close()
+			p := make([]byte, 1024)
+			for i := range int64(writes) {
+				if _, err := again.ReadAt(p, i*1024); err != nil {
+					t.Fatal(err)
+				}
+				if !bytes.Equal(p[:512], bytes.Repeat([]byte{byte(i) | 1}, 512)) || !bytes.Equal(p[512:], make([]byte, 512)) {
+					t.Fatalf("write %d is lost", i)
+				}
+			}
+		})
+	}
+}
+
+// A ring that grows after a commit loses none of the records in it.
+func TestJournalGrowsAfterCommit(t *testing.T) {
+	memory := newJournalMemory(256)
+	first := memory[:journalHeader+64*recordSize]
+	is, more := owner{identity: 1, name: "x"}, func() error { return nil }
+	j, _, err := openJournal(first, more, is)
+	if err != nil {
+		t.Fatal(err)
+	}
+	j.start(is)
+	add := func(n uint64) {
+		t.Helper()
+		for range n {
+			if !j.reserve(1) {
+				t.Fatal("no room")
+			}
+			j.append(record{cluster: j.end()})
+			j.unreserve(1)
+		}
+	}
+	add(50)
+	j.discard(41)
+	add(40)
+	if !j.reserve(128) {
+		t.Fatal("it has not grown")
+	}
+	j.unreserve(128)
+	add(100)
+	_, records, err := openJournal(first, more, is)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(records) != 150 {
+		t.Errorf("%d records, not 150", len(records))
+	}
+	for i, r := range records {
+		if want := uint64(41 + i); r.cluster != want {
+			t.Fatalf("record %d is of cluster %d, not %d", i, r.cluster, want)
+		}
+	}
+}
+
 // A slot that a killed writer left half made is skipped, not the end.
 func TestJournalTornRecord(t *testing.T) {
 	memory := newJournalMemory(64)
 	is := owner{identity: 1, name: "x"}
-	j, _, err := openJournal(memory, is)
+	j, _, err := openJournal(memory, nil, is)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -229,8 +337,8 @@ func TestJournalTornRecord(t *testing.T) {
 		j.append(record{cluster: i, now: entry{word: l2Entry(i)}})
 		j.unreserve(1)
 	}
-	memory[journalHeader+int((j.end()-2)%j.slots())*recordSize+20] ^= 1
-	_, records, err := openJournal(memory, is)
+	memory[journalHeader+int((j.end()-2)%j.slots.Load())*recordSize+20] ^= 1
+	_, records, err := openJournal(memory, nil, is)
 	if err != nil {
 		t.Fatal(err)
 	}

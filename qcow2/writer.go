@@ -103,7 +103,7 @@ func newWriter(d *disk, h *header, snapshots []snapshot, bitmaps []bitmap, opt *
 	var records []record
 	if opt.Journal != nil {
 		now := owner{h.identity(), h.autoclear & autoclearSeal, info.ID}
-		if journal, records, err = openJournal(opt.Journal, now); err != nil {
+		if journal, records, err = openJournal(opt.Journal, growJournal(opt), now); err != nil {
 			return nil, fmt.Errorf("%w: %w", image.ErrJournal, err)
 		}
 		journal.stored = hooks.stored
@@ -125,6 +125,21 @@ func newWriter(d *disk, h *header, snapshots []snapshot, bitmaps []bitmap, opt *
 	d.info.ReadOnly, d.info.Discard, d.info.FastZero = false, true, g.version >= 3
 	w.commit.start()
 	return w, nil
+}
+
+// growJournal returns what makes more room in the journal, nil if it has all.
+// Without, the image is served all the same.
+func growJournal(opt *image.Options) func() error {
+	if opt.GrowJournal == nil {
+		return nil
+	}
+	return func() error {
+		err := opt.GrowJournal()
+		if err != nil && opt.Warn != nil {
+			opt.Warn(fmt.Sprintf("the journal of %s cannot grow (%v): writes to new clusters wait for the medium more often", opt.Name, err))
+		}
+		return err
+	}
 }
 
 // clearFeatures turns off the autoclear bits that we do not know, as whoever

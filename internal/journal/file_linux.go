@@ -32,7 +32,15 @@ type file struct {
 }
 
 func (f *file) Name() string   { return f.path }
-func (f *file) Memory() []byte { return f.mapped[headerSize:] }
+func (f *file) Memory() []byte { return f.mapped[headerSize:firstSize] }
+
+// Grow implements [image.Journal].
+func (f *file) Grow() error {
+	if err := retry(func() error { return unix.Fallocate(f.fd, 0, 0, fileSize) }); err != nil {
+		return fmt.Errorf("%s: %w", f.path, err)
+	}
+	return nil
+}
 
 func (f *file) empty() bool {
 	return f.mapped == nil || binary.NativeEndian.Uint64(f.mapped[headerSize:]) == 0
@@ -270,8 +278,9 @@ func left(dir, name string, now *header) bool {
 	return err == nil && what == same
 }
 
-// create makes an empty journal. All its memory is there: a write to it cannot
-// find the file system full. It gets its name when it is complete and locked, so
+// create makes an empty journal. The first of its memory is there, a write to it
+// cannot find the file system full; the rest takes the kernel longer to clear
+// than anything else at a start. It gets its name when it is complete and locked, so
 // that a process which dies meanwhile leaves nothing.
 func create(dir, name string, now *header) (*file, error) {
 	d, err := openDir(dir, true)
@@ -291,7 +300,10 @@ func (f *file) begin(now *header) error {
 		return err
 	})
 	if err == nil {
-		err = retry(func() error { return unix.Fallocate(f.fd, 0, 0, fileSize) })
+		err = retry(func() error { return unix.Ftruncate(f.fd, fileSize) })
+	}
+	if err == nil {
+		err = retry(func() error { return unix.Fallocate(f.fd, 0, 0, firstSize) })
 	}
 	if err == nil {
 		err = f.mmap()
@@ -372,21 +384,11 @@ func openFile(dir, name string) (*file, error) {
 }
 
 // openDir opens a directory that nobody else can change, on a tmpfs.
-func openDir(path string, making bool) (fd int, err error) {
-	if making {
-		err := unix.Mkdir(path, 0o700)
-		if err != nil && err != unix.EEXIST {
-			return -1, fmt.Errorf("mkdir %s: %w", path, err)
-		}
-		if err == nil {
-			defer func() {
-				if fd < 0 {
-					unix.Rmdir(path)
-				}
-			}()
-		}
-	}
+func openDir(path string, making bool) (int, error) {
 	d, err := unix.Open(path, unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err == unix.ENOENT && making {
+		return makeDir(path)
+	}
 	if err != nil {
 		return -1, fmt.Errorf("%s: %w", path, err)
 	}
@@ -397,8 +399,8 @@ func openDir(path string, making bool) (fd int, err error) {
 	}
 	switch {
 	case err != nil:
-	case uint32(fs.Type) != unix.TMPFS_MAGIC:
-		err = errors.New("is not on a tmpfs")
+	case !inMemory(&fs):
+		err = errNotMemory
 	case !private(&st):
 		err = errors.New("is not a directory of this user alone")
 	}
@@ -408,6 +410,25 @@ func openDir(path string, making bool) (fd int, err error) {
 	}
 	return d, nil
 }
+
+// makeDir makes a directory, on a tmpfs, and opens it.
+func makeDir(path string) (int, error) {
+	var fs unix.Statfs_t
+	if err := retry(func() error { return unix.Statfs(filepath.Dir(path), &fs) }); err != nil {
+		return -1, fmt.Errorf("mkdir %s: %w", path, err)
+	}
+	if !inMemory(&fs) {
+		return -1, fmt.Errorf("%s %w", path, errNotMemory)
+	}
+	if err := unix.Mkdir(path, 0o700); err != nil && err != unix.EEXIST {
+		return -1, fmt.Errorf("mkdir %s: %w", path, err)
+	}
+	return openDir(path, false)
+}
+
+var errNotMemory = errors.New("is not on a tmpfs")
+
+func inMemory(fs *unix.Statfs_t) bool { return uint32(fs.Type) == unix.TMPFS_MAGIC }
 
 // private reports whether a file is ours, and nobody else's.
 func private(st *unix.Stat_t) bool {

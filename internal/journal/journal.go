@@ -69,6 +69,7 @@ const (
 	headerSize = 4096
 	memorySize = 8 << 20 // what the format gets: a quarter of a million changes
 	fileSize   = headerSize + memorySize
+	firstSize  = 128 << 10 // what a server that has just started gets of it
 )
 
 // fileName returns the name of the file for an identity.

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/storage"
 )
@@ -50,7 +52,7 @@ func die(t *testing.T, f image.Journal) {
 func TestJournalOutlives(t *testing.T) {
 	j := &Files{Dirs: []string{memory(t)}}
 	f := open(t, j, disk)
-	if len(f.Memory()) != memorySize || f.Memory()[0] != 0 || f.Memory()[memorySize-1] != 0 {
+	if m := f.Memory(); len(m) != firstSize-headerSize || cap(m) != memorySize || m[0] != 0 || m[len(m)-1] != 0 {
 		t.Error("it does not begin with zeros")
 	}
 	if name := j.Left(disk); name != "" {
@@ -79,6 +81,26 @@ func TestJournalOutlives(t *testing.T) {
 	if f, err := j.Open(disk); f != nil || err != nil {
 		t.Errorf("a journal, though there are to be none: %v", err)
 	}
+}
+
+// The kernel has set memory aside for what may be used of a journal, and for no
+// more.
+func TestJournalGrows(t *testing.T) {
+	f := open(t, &Files{Dirs: []string{memory(t)}}, disk)
+	defer f.Close()
+	for _, want := range []int64{firstSize, fileSize} {
+		var st unix.Stat_t
+		if err := unix.Stat(f.Name(), &st); err != nil {
+			t.Fatal(err)
+		}
+		if st.Blocks*512 != want {
+			t.Errorf("%d bytes are set aside, not %d", st.Blocks*512, want)
+		}
+		if err := f.Grow(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f.Memory()[:memorySize][memorySize-1] = 1
 }
 
 // A journal that a killed process left is found by who comes next, and not
