@@ -20,8 +20,8 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -442,18 +442,18 @@ func (h *host) awaitNodes(ctx context.Context, index int, names ...string) error
 	return nil
 }
 
-var deviceName = regexp.MustCompile(`^nbd(0|[1-9]\d{0,6})$`)
-
 // index returns the number of a device, which may be given by a link.
 func (h *host) index(path string) (int, error) {
 	if p, err := filepath.EvalSymlinks(path); err == nil {
 		path = p
 	}
-	m := deviceName.FindStringSubmatch(filepath.Base(path))
-	if m == nil || filepath.Dir(path) != h.dev {
+	dir, base := filepath.Split(path)
+	const minors = 20 // bits, of the kernel's numbers
+	i, err := strconv.ParseUint(strings.TrimPrefix(base, "nbd"), 10, minors)
+	if err != nil || base != name(int(i)) || filepath.Clean(dir) != h.dev {
 		return 0, fmt.Errorf("%s is not the name of a device as %s", path, h.path(0))
 	}
-	return strconv.Atoi(m[1])
+	return int(i), nil
 }
 
 func name(index int) string { return "nbd" + strconv.Itoa(index) }

@@ -59,10 +59,9 @@ type documented struct {
 	text             string // the first line
 }
 
-var optionLine = regexp.MustCompile(`(?m)^  (?:-(\w), |    )--([a-z-]+)(?:=(\S+))? +(\S.*)$`)
-
 // documentedOptions reads the options of a command out of the synopsis.
 func documentedOptions(name string) []documented {
+	optionLine := regexp.MustCompile(`(?m)^  (?:-(\w), |    )--([a-z-]+)(?:=(\S+))? +(\S.*)$`)
 	var list []documented
 	for _, m := range optionLine.FindAllStringSubmatch(synopsisOf(name, false), -1) {
 		list = append(list, documented{m[1], m[2], m[3], m[4]})

@@ -39,8 +39,6 @@ var otherKinds = map[string]string{
 	"main-loop":      "threads are used as they are needed",
 }
 
-var identifier = regexp.MustCompile(`^[A-Za-z][A-Za-z0-9._-]*$`)
-
 // add makes the object that s describes, as TYPE,id=ID,key=value,... or in JSON.
 func (o objects) add(s string) error {
 	p, err := parseProperties(s)
@@ -59,7 +57,7 @@ func (o objects) add(s string) error {
 		switch {
 		case !ok:
 			return says("Parameter 'id' is missing")
-		case !identifier.MatchString(id):
+		case !regexp.MustCompile(`^[A-Za-z][A-Za-z0-9._-]*$`).MatchString(id):
 			return says("Parameter 'id' expects an identifier\nIdentifiers consist of letters, digits, '-', '.', '_', starting with a letter.")
 		}
 		made, err := kind.make(p)

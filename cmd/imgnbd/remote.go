@@ -27,8 +27,6 @@ type remote struct {
 	at   net.Addr // where the server was found last
 }
 
-var nbdURI = regexp.MustCompile(`^nbds?(\+\w+)?://`)
-
 // findRemote returns what --connect was given in place of an image: the URI of
 // an export, or nothing, which means the device's line in nbdtab. It returns
 // nil for an image.
@@ -45,7 +43,7 @@ func (o *serveOptions) findRemote(u *ui, operands []string) (*remote, error) {
 		if r, err = client.remote(u, o); err != nil {
 			return nil, err
 		}
-	case nbdURI.MatchString(operands[0]):
+	case regexp.MustCompile(`^nbds?(\+\w+)?://`).MatchString(operands[0]):
 		uri, err := nbd.ParseURI(operands[0])
 		if err != nil {
 			return nil, err

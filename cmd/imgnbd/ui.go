@@ -41,8 +41,6 @@ func (u *ui) compat() bool { return u.name == "qemu-nbd" }
 
 func (u *ui) printf(format string, args ...any) { fmt.Fprintf(u.stdout, format, args...) }
 
-var emptyList = regexp.MustCompile(`(?m)^( *)(.*)\[\](,?)$`)
-
 // json prints v as QEMU does.
 func (u *ui) json(v any) error {
 	var b strings.Builder
@@ -52,6 +50,7 @@ func (u *ui) json(v any) error {
 	if err := enc.Encode(v); err != nil {
 		return err
 	}
+	emptyList := regexp.MustCompile(`(?m)^( *)(.*)\[\](,?)$`)
 	u.printf("%s", emptyList.ReplaceAllString(b.String(), "$1$2[\n$1]$3"))
 	return nil
 }

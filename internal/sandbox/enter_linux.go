@@ -19,11 +19,22 @@ import (
 // out of reach; no socket is made or bound; no memory becomes code; and files
 // are opened, made and changed by name only as p says.
 func Enter(p Policy) Result {
-	// Paths first, which needs calls that are then forbidden. The privileges
-	// that could be gained go with it, and with the filter once more: the one
-	// does not reach all threads of a program with C in it, the other does.
-	files := confine(p)
-	return Result{Calls: filterCalls(p), Files: files}
+	// What is done to one thread after the other takes long on a machine that
+	// has other work. The filter takes from all at once what could be gained,
+	// too; but it forbids to look at paths, so that comes before it.
+	ruleset, files := newRuleset(p)
+	if files != nil {
+		return Result{Calls: filterCalls(p), Files: files}
+	}
+	defer unix.Close(ruleset)
+	calls := filterCalls(p)
+	if calls != nil {
+		files = forgoPrivileges()
+	}
+	if files == nil {
+		files = confine(ruleset)
+	}
+	return Result{Calls: calls, Files: files}
 }
 
 // filterCalls gives all threads the filter.
@@ -53,26 +64,24 @@ func filterCalls(p Policy) error {
 	return fmt.Errorf("seccomp: %w", unix.EINVAL)
 }
 
-// confine gives all threads the paths of p, by landlock.
-func confine(p Policy) error {
-	abi, _, errno := unix.Syscall(unix.SYS_LANDLOCK_CREATE_RULESET, 0, 0, unix.LANDLOCK_CREATE_RULESET_VERSION)
-	if errno != 0 {
-		return fmt.Errorf("landlock: %w", errno)
-	}
-	ruleset, err := newRuleset(p, int(abi))
-	if err != nil {
-		return fmt.Errorf("landlock: %w", err)
-	}
-	defer unix.Close(ruleset)
-	_, _, errno = syscall.AllThreadsSyscall6(unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, 0)
-	if errno == 0 {
-		_, _, errno = syscall.AllThreadsSyscall(unix.SYS_LANDLOCK_RESTRICT_SELF, uintptr(ruleset), 0, 0)
-	}
-	if errno == unix.ENOTSUP {
+// forgoPrivileges has no thread gain privileges by execve.
+func forgoPrivileges() error {
+	_, _, errno := syscall.AllThreadsSyscall6(unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, 0)
+	return allThreads(errno)
+}
+
+// confine gives all threads a ruleset, once they can gain no privileges.
+func confine(ruleset int) error {
+	_, _, errno := syscall.AllThreadsSyscall(unix.SYS_LANDLOCK_RESTRICT_SELF, uintptr(ruleset), 0, 0)
+	return allThreads(errno)
+}
+
+func allThreads(errno syscall.Errno) error {
+	switch errno {
+	case 0:
+		return nil
+	case unix.ENOTSUP:
 		return errors.New("landlock: a program that is linked with C cannot confine all its threads")
 	}
-	if errno != 0 {
-		return fmt.Errorf("landlock: %w", errno)
-	}
-	return nil
+	return fmt.Errorf("landlock: %w", errno)
 }

@@ -4,6 +4,7 @@ package sandbox
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"path/filepath"
 	"unsafe"
@@ -30,8 +31,17 @@ func fileAccess(abi int) uint64 {
 }
 
 // newRuleset returns the descriptor of what p allows.
-func newRuleset(p Policy, abi int) (fd int, err error) {
-	attr := unix.LandlockRulesetAttr{Handled_access_fs: fileAccess(abi)}
+func newRuleset(p Policy) (fd int, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("landlock: %w", err)
+		}
+	}()
+	abi, _, errno := unix.Syscall(unix.SYS_LANDLOCK_CREATE_RULESET, 0, 0, unix.LANDLOCK_CREATE_RULESET_VERSION)
+	if errno != 0 {
+		return -1, errno
+	}
+	attr := unix.LandlockRulesetAttr{Handled_access_fs: fileAccess(int(abi))}
 	r, _, errno := unix.Syscall(unix.SYS_LANDLOCK_CREATE_RULESET, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr.Handled_access_fs), 0)
 	if errno != 0 {
 		return -1, errno
