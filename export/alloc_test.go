@@ -27,6 +27,7 @@ func TestNoGarbage(t *testing.T) {
 		"raw":   rawDisk,
 		"qcow2": qcow2Disk(t, size),
 		"waits": &hooked{Device: memDisk(t, 8<<20), tryReadAt: never},
+		"comes": &hooked{Device: memDisk(t, 8<<20), tryReadAt: underWayAlways},
 	}
 	if err := disks["qcow2"].WriteAt(pattern(0, 8<<20), 0, 0); err != nil {
 		t.Fatal(err)

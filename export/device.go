@@ -21,6 +21,8 @@ type device struct {
 	limit   int
 	run     func() // work, made once: a go statement with an argument is garbage
 
+	under underWay // reads
+
 	// A flush covers every write that has been answered, on any connection.
 	// So one Device.Flush serves all flushes that were asked for before it
 	// began; those that come while it runs wait for the next.
@@ -37,6 +39,7 @@ func newDevice(d image.Device) *device {
 	limit := min(max(4*runtime.GOMAXPROCS(0), d.Info().QueueDepth, 16), 64)
 	sh := &device{Device: d, limit: limit}
 	sh.run = sh.work
+	sh.under.init(limit)
 	return sh
 }
 

@@ -77,6 +77,9 @@ func (h *hooked) AppendExtents(dst []image.Extent, off, n int64, want image.Want
 // never is a TryReadAt that always leaves the read to a worker.
 func never([]byte, int64) error { return image.ErrWouldBlock }
 
+// underWayAlways is a TryReadAt that says of all that it is under way.
+func underWayAlways([]byte, int64) error { return image.ErrUnderWay }
+
 // server starts a server for exports by name, on each kind of transport. At
 // the end it is shut down, and nothing may be left of it.
 type server struct {

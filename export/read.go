@@ -98,7 +98,7 @@ func (s *session) readHere(r *request) error {
 	// had, what it takes to find them is at hand.
 	probe := s.line.probe[:min(n, int64(len(s.line.probe)))]
 	if s.dev.TryReadAt(probe, s.export.Offset+off) != nil {
-		return s.leave(r, off, n)
+		return s.leave(r, off, n, false)
 	}
 	runs := s.line.runs[:0]
 	if sparse {
@@ -148,7 +148,8 @@ func (s *session) readRuns(r *request, off, n int64, runs []run, byFile bool) er
 					return err
 				}
 			}
-			return s.leave(r, run.off, off+n-run.off)
+			rest := off + n - run.off
+			return s.leave(r, run.off, rest, err == image.ErrUnderWay && rest == run.n)
 		default:
 			return err
 		}
@@ -170,6 +171,9 @@ func (s *session) copyRun(r *request, run run, flags uint16) error {
 	at := len(l.out)
 	p := l.out[at+head : at+head+n]
 	err := s.dev.TryReadAt(p, s.export.Offset+run.off)
+	if err == image.ErrUnderWay {
+		return err
+	}
 	if err != nil {
 		// An error is left to a worker too: trying is not the last word.
 		return image.ErrWouldBlock
@@ -214,8 +218,9 @@ func (s *session) forwardRun(r *request, run run, flags uint16) error {
 }
 
 // leave has a worker read [off, off+n), the rest of what r asks for, or does it
-// itself if there is no memory to do so at once.
-func (s *session) leave(r *request, off, n int64) error {
+// itself if there is no memory to do so at once. With underWay all of it is on
+// its way already.
+func (s *session) leave(r *request, off, n int64, underWay bool) error {
 	t, err := s.newTask(r, int(n), 0)
 	if err == errScarce {
 		_, err = s.streamRun(r, run{off: off, n: n}, nbd.ReplyFlagDone)
@@ -225,7 +230,11 @@ func (s *session) leave(r *request, off, n int64) error {
 		return err
 	}
 	t.off, t.n = off, n
-	s.dev.submit(t)
+	if underWay && n < largeRead {
+		s.dev.under.add(t)
+	} else {
+		s.dev.submit(t)
+	}
 	return nil
 }
 
@@ -264,16 +273,31 @@ func (s *session) read(t *task) {
 			t.parts = append(t.parts, t.heads[head:])
 			return
 		}
-		if len(runs) == 1 { // header and data in one piece
-			h := s.dataHeadSize()
-			whole := t.buf.withHead(h, int(run.n))
-			s.appendDataHead(whole[:0], r, flags, run.off, int(run.n))
-			t.parts = append(t.parts, whole)
+		if len(runs) == 1 {
+			s.replyWhole(t)
 			return
 		}
 		t.heads = s.appendDataHead(t.heads, r, flags, run.off, int(run.n))
 		t.parts = append(t.parts, t.heads[head:], p)
 	}
+}
+
+// tryRead is read, unless that would wait or fail.
+func (s *session) tryRead(t *task) bool {
+	if s.dev.TryReadAt(t.buf.data(int(t.n)), s.export.Offset+t.off) != nil {
+		return false
+	}
+	s.replyWhole(t)
+	return true
+}
+
+// replyWhole makes the reply of which the buffer of t has the data: header and
+// data in one piece.
+func (s *session) replyWhole(t *task) {
+	n := int(t.n)
+	whole := t.buf.withHead(s.dataHeadSize(), n)
+	s.appendDataHead(whole[:0], &t.req, nbd.ReplyFlagDone, t.off, n)
+	t.parts = append(t.parts, whole)
 }
 
 // sendRun answers a run from the file that holds it, without a copy, if there

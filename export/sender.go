@@ -121,11 +121,41 @@ func (s *sender) forward(t *task) {
 	}
 }
 
-// post sends the reply of t, sooner or later, and never waits.
-func (s *sender) post(t *task) {
-	if !s.enqueue(t) {
+// keep keeps the reply of t until somebody sends. A call of push has to follow.
+func (s *sender) keep(t *task) {
+	s.mu.Lock()
+	if s.err != nil {
+		s.mu.Unlock()
+		s.done(t)
 		return
 	}
+	s.queue.push(t)
+	s.mu.Unlock()
+}
+
+// push sends what was kept, sooner or later, and never waits.
+func (s *sender) push() {
+	s.mu.Lock()
+	if s.busy || s.queue.head == nil {
+		s.mu.Unlock()
+		return // who is busy looks again
+	}
+	s.busy = true
+	s.out.take(&s.queue)
+	s.mu.Unlock()
+	s.sendTaken()
+}
+
+// post sends the reply of t, sooner or later, and never waits.
+func (s *sender) post(t *task) {
+	if s.enqueue(t) {
+		s.sendTaken()
+	}
+}
+
+// sendTaken sends what the packer has, without waiting; a writer is left the
+// rest. The caller has set busy.
+func (s *sender) sendTaken() {
 	all, err := s.writeOut(false)
 	if err == nil && all {
 		s.mu.Lock()

@@ -100,26 +100,36 @@ func TestFailures(t *testing.T) {
 // TestStalledDevice: a device that does not answer holds up neither clients of
 // others nor the rest of its own.
 func TestStalledDevice(t *testing.T) {
-	stalled := &hooked{Device: memDisk(t, 1<<20), tryReadAt: never}
+	for name, try := range map[string]func([]byte, int64) error{"would wait": never, "under way": underWayAlways} {
+		t.Run(name, func(t *testing.T) { stallDevice(t, try) })
+	}
+}
+
+func stallDevice(t *testing.T, try func([]byte, int64) error) {
+	stalled := &hooked{Device: memDisk(t, 1<<20), tryReadAt: try}
 	goOn := make(chan struct{})
 	stalled.readAt = func(p []byte, off int64) (int, error) {
-		if off == 0 {
+		if off < 4096 {
 			<-goOn
 		}
 		return stalled.Device.ReadAt(p, off)
 	}
 	s := serve(t, map[string]*Export{"stalled": {Device: stalled}, "": {Device: memDisk(t, 1<<20)}}, nil)
 	p := s.connect("unix", "stalled", simple)
-	p.write(p.header(nbd.CmdRead, 0, 1, 0, 512))
-	p.write(p.header(nbd.CmdRead, 0, 2, 4096, 512))
-	if c := p.chunk(512); c.cookie != 2 {
+	for cookie := range uint64(8) {
+		p.write(p.header(nbd.CmdRead, 0, cookie, 512*cookie, 512))
+	}
+	p.write(p.header(nbd.CmdRead, 0, 8, 4096, 512))
+	if c := p.chunk(512); c.cookie != 8 {
 		t.Errorf("the reply to %d came", c.cookie)
 	}
 	other := s.connect("unix", "", simple)
 	other.ok(nbd.CmdRead, 0, 0, 512, nil)
 	close(goOn)
-	if c := p.chunk(512); c.cookie != 1 {
-		t.Errorf("the reply to %d came", c.cookie)
+	for range 8 {
+		if c := p.chunk(512); c.cookie >= 8 {
+			t.Errorf("the reply to %d came", c.cookie)
+		}
 	}
 }
 

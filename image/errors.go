@@ -14,6 +14,7 @@ var (
 	ErrInUse      = storage.ErrInUse      // locked by another process
 	ErrOutOfRange = storage.ErrOutOfRange // range outside the device
 	ErrWouldBlock = storage.ErrWouldBlock // TryReadAt would have had to wait
+	ErrUnderWay   = storage.ErrUnderWay   // and has begun what it would wait for
 
 	ErrCorrupt     = errors.New("image is corrupt")   // the image contradicts itself
 	ErrWrongFormat = errors.New("not in this format") // not this format; try the next

@@ -32,7 +32,8 @@ type Device interface {
 
 	// TryReadAt reads all of p, or returns ErrWouldBlock if that would wait
 	// for a medium, a network, a lock held across I/O, or decompression; p is
-	// undefined then.
+	// undefined then. It is ErrUnderWay if ReadAt only waits for a medium that
+	// fetches all of it already.
 	TryReadAt(p []byte, off int64) error
 
 	// WriteAt writes all of p; with FUA it is durable on return.

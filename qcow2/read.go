@@ -172,6 +172,9 @@ func (d *disk) tryRead(p []byte, off int64) error {
 			default:
 				clear(q)
 			}
+			if err == storage.ErrUnderWay && len(q) < len(p) {
+				err = storage.ErrWouldBlock // the rest is not
+			}
 			if err != nil {
 				return err
 			}

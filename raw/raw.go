@@ -142,7 +142,7 @@ func (d *Disk) TryReadAt(p []byte, off int64) error {
 	}
 	err := d.store.TryReadAt(p, d.start+off)
 	switch {
-	case err == nil, err == storage.ErrWouldBlock:
+	case err == nil, err == storage.ErrWouldBlock, err == storage.ErrUnderWay:
 		return err
 	case errors.Is(err, io.EOF):
 		return storage.ErrWouldBlock // ReadAt knows what the end means

@@ -37,7 +37,8 @@ type Store interface {
 
 	// TryReadAt reads all of p or returns ErrWouldBlock if that would wait
 	// for a medium or a network; p is undefined then. A store without a cheap
-	// answer always returns ErrWouldBlock. Other errors are as for ReadAt; a
+	// answer always returns ErrWouldBlock, one that has begun to fetch all of
+	// the range ErrUnderWay. Other errors are as for ReadAt; a
 	// range past the end is io.EOF.
 	TryReadAt(p []byte, off int64) error
 
@@ -178,7 +179,15 @@ var (
 	ErrOutOfRange = errors.New("outside the range")
 	// ErrWouldBlock is returned by TryReadAt instead of waiting.
 	ErrWouldBlock = errors.New("would wait")
+	// ErrUnderWay is an ErrWouldBlock by errors.Is: all of the range is on its
+	// way from the medium, and ReadAt only waits until it arrives.
+	ErrUnderWay error = underWay{}
 )
+
+type underWay struct{}
+
+func (underWay) Error() string        { return "would wait for what is under way" }
+func (underWay) Is(target error) bool { return target == ErrWouldBlock }
 
 // A Hint is an error with advice: what the user can do about it. The advice is
 // printed on a line of its own, so Error does not include it.

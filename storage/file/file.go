@@ -112,7 +112,8 @@ type store struct {
 	barrier barrier
 	direct  *direct // nil: through the page cache
 
-	try tryMethod
+	try    tryMethod
+	begins bool // tryNoWait has the kernel fetch what is not in the page cache
 	// What the medium answered EOPNOTSUPP to; it is not asked again.
 	noTry, noPunch, noZero, noSeek, noDiscard atomic.Bool
 }
@@ -132,6 +133,7 @@ func newStore(f *os.File, n *node, opt storage.Options) (*store, error) {
 		unlockImage(n.fd)
 		return nil, err
 	}
+	s.begins = n.begins
 	s.info = n.info
 	s.info.URL = &url.URL{Scheme: "file", Path: f.Name()}
 	s.info.ReadOnly = opt.Access == storage.Read
@@ -186,11 +188,18 @@ func (s *store) TryReadAt(p []byte, off int64) error {
 	return storage.ErrWouldBlock
 }
 
+// fetched is how many bytes a read that must not wait has the kernel fetch at
+// least, if they are not in the page cache. By default it is 128 KiB; where it is
+// less, or the file system had no time to begin, only time is lost.
+const fetched = 64 << 10
+
 func (s *store) readNoWait(p []byte, off int64) error {
 	for len(p) > 0 {
 		n, err := preadNoWait(s.fd, p, off)
 		switch {
 		case err == syscall.EINTR:
+		case err == syscall.EAGAIN && s.begins && len(p) <= fetched:
+			return storage.ErrUnderWay
 		case err == syscall.EAGAIN:
 			return storage.ErrWouldBlock
 		case unsupported(err) || err == syscall.EINVAL:

@@ -16,6 +16,8 @@ type node struct {
 	info  storage.Info
 	try   tryMethod
 
+	begins bool // tryNoWait has the kernel fetch what is not in the page cache
+
 	sector       int64   // of a block device, in bytes
 	directBlock  int64   // what direct I/O demands of offsets and lengths
 	directMemory uintptr // and of memory

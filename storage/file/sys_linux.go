@@ -141,6 +141,7 @@ func examine(fd int, before *unix.Stat_t, opt storage.Options) (*node, error) {
 	} else if inMemory(fd) {
 		n.try = tryMemory
 	}
+	n.begins = n.try == tryNoWait && !opt.Direct && since(5, 9)
 
 	writable := opt.Access != storage.Read
 	n.info.FastZero = writable && (!n.block || queueAttr(disk, "write_zeroes_max_bytes") > 0)
@@ -223,6 +224,19 @@ func queueAttr(dev uint64, name string) int64 {
 		}
 	}
 	return 0
+}
+
+// since reports whether the kernel is not older than that.
+func since(major, minor int) bool {
+	var u unix.Utsname
+	var has [2]int
+	if unix.Uname(&u) != nil {
+		return false
+	}
+	if n, _ := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &has[0], &has[1]); n != 2 {
+		return false
+	}
+	return has[0] > major || has[0] == major && has[1] >= minor
 }
 
 func open(path string, flags int, mode uint32) (fd int, err error) {

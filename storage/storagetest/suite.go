@@ -317,7 +317,7 @@ func checkEnd(t testing.TB, target Target) {
 				t.Errorf("size %d: ReadAt of %d at %d: wrong bytes", size, r.n, r.off)
 			}
 			err = m.s.TryReadAt(p, r.off)
-			if err != storage.ErrWouldBlock && (r.want < r.n && err != io.EOF || r.want == r.n && err != nil) {
+			if !errors.Is(err, storage.ErrWouldBlock) && (r.want < r.n && err != io.EOF || r.want == r.n && err != nil) {
 				t.Errorf("size %d: TryReadAt of %d at %d: error %v", size, r.n, r.off, err)
 			}
 		}

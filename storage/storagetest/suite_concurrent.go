@@ -73,7 +73,7 @@ func checkConcurrent(t testing.TB, target Target) {
 			case 9:
 				if err = m.s.TryReadAt(p[:n], base+off); err == nil && !bytes.Equal(p[:n], mine[off:off+n]) {
 					err = errors.New("TryReadAt returned other bytes")
-				} else if err == storage.ErrWouldBlock {
+				} else if errors.Is(err, storage.ErrWouldBlock) {
 					err = nil
 				}
 			}
@@ -226,7 +226,7 @@ func checkCloseWhileUsed(t testing.TB, target Target) {
 				case 5:
 					_, err = s.AppendExtents(nil, off, 700)
 				case 6:
-					if err = s.TryReadAt(p, off); err == storage.ErrWouldBlock {
+					if err = s.TryReadAt(p, off); errors.Is(err, storage.ErrWouldBlock) {
 						err = nil
 					}
 				case 7:

@@ -84,13 +84,12 @@ func tryRead(m *model, count int) {
 		off := r.off % int64(len(m.want))
 		n := min(r.n, int64(len(m.want))-off)
 		p := make([]byte, n)
-		switch err := m.s.TryReadAt(p, off); err {
-		case storage.ErrWouldBlock:
+		switch err := m.s.TryReadAt(p, off); {
+		case errors.Is(err, storage.ErrWouldBlock):
 			if _, err := m.s.ReadAt(p, off); err != nil && err != io.EOF {
 				m.Fatal(err)
 			}
-		case nil:
-		default:
+		case err != nil:
 			m.Fatalf("TryReadAt of %d at %d: %v", n, off, err)
 		}
 		if i := firstDifference(p, m.want[off:off+n]); i >= 0 {
