@@ -33,7 +33,8 @@ type allocator struct {
 	fresh   int64         // clusters from here on were never written, and read as zeros
 	changes []countChange // since the last takeChanges, in order
 	forgot  bool          // free runs were dropped for lack of room
-	wanted  int64         // clusters that takeWhole did not find
+	wanted  int64         // clusters that were not found, in a row
+	steps   int64         // see progress
 }
 
 // maxFreeRuns bounds the memory of the allocator. What is dropped is found
@@ -63,12 +64,17 @@ func (a *allocator) take(n int64) (r hostRun, fresh, ok bool) {
 	} else {
 		r = hostRun{a.tail, min(n, a.limit-a.tail)}
 		if r.n <= 0 {
+			a.wanted = max(a.wanted, 1)
 			return hostRun{}, false, false
 		}
 		a.tail += r.n
 		fresh = r.first >= a.fresh
 	}
+	if a.wanted == 1 {
+		a.wanted = 0
+	}
 	a.change(r, +1)
+	a.steps++
 	return r, fresh, true
 }
 
@@ -95,7 +101,23 @@ func (a *allocator) takeWhole(n int64) (r hostRun, ok bool) {
 	}
 	a.wanted = 0
 	a.change(r, +1)
+	a.steps++
 	return r, true
+}
+
+// looked notes that more clusters were looked at, or provided for.
+func (a *allocator) looked() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.steps++
+}
+
+// progress returns a number that changes as long as there may be more clusters
+// to be had: others got some, or the committer has not looked everywhere yet.
+func (a *allocator) progress() int64 {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.steps
 }
 
 // give takes back clusters that take handed out and nothing ever referred to;

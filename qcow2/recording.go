@@ -329,11 +329,11 @@ func (w *writer) takeWhole(n int64) (hostRun, error) {
 		if dry == maxDry {
 			return hostRun{}, syscall.ENOSPC
 		}
-		limit, scanned := w.alloc.limit, w.commit.refs.scanned
+		before := w.alloc.progress()
 		if err := w.commit.once(); err != nil {
 			return hostRun{}, err
 		}
-		if w.alloc.limit != limit || w.commit.refs.scanned != scanned {
+		if w.alloc.progress() != before {
 			dry = 0 // it has not looked everywhere yet
 		}
 	}

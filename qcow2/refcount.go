@@ -226,6 +226,7 @@ func (r *refcounts) extend(a *allocator) error {
 		} else if made, err := r.makeBlock(a, i); !made || err != nil {
 			return err
 		}
+		a.steps++
 	}
 	return nil
 }
@@ -522,6 +523,7 @@ func (r *refcounts) scan(a *allocator) error {
 		c += n + 1
 	}
 	r.scanned = end
+	a.looked()
 	return nil
 }
 

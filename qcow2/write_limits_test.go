@@ -149,3 +149,56 @@ func TestHolesAreReused(t *testing.T) {
 	}
 	qemu.Check(t, writeOut(t, s))
 }
+
+// Free clusters are found wherever they are: a write does not give up before
+// all was looked at.
+func TestDeviceFullButForAHole(t *testing.T) {
+	s := memImage(t, "cluster_size=512", "4M", 2<<20)
+	im := openMem(t, s)
+	p := bytes.Repeat([]byte{7}, 4096)
+	full := int64(0)
+	for {
+		if err := im.WriteAt(p, full, 0); storage.NoSpace(err) {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		full += 4096
+	}
+	if err := im.Discard(full-64<<10, 32<<10); err != nil {
+		t.Fatal(err)
+	}
+	if err := im.Close(); err != nil {
+		t.Fatal(err)
+	}
+	im = openMem(t, storagetest.MemOf(s.Bytes(), storagetest.FixedSize))
+	if err := im.WriteAt(p, 3<<20, 0); err != nil {
+		t.Error(err)
+	}
+	if err := im.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Who finds all clusters taken by others tries again: a store is full when
+// nobody gets any.
+func TestOthersAreNotFullness(t *testing.T) {
+	s := memImage(t, "cluster_size=512", "4M", 0)
+	im := openMem(t, s)
+	r := &request{writer: im.writer}
+	if err := r.enter(); err != nil {
+		t.Fatal(err)
+	}
+	for i := range int64(4 * maxDry) {
+		if err := im.WriteAt([]byte{1}, i*512, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.overcome(obstacle{kind: needClusters}); err != nil {
+			t.Fatalf("after %d commits: %v", i, err)
+		}
+	}
+	r.end()
+	if err := im.Close(); err != nil {
+		t.Fatal(err)
+	}
+}

@@ -289,7 +289,8 @@ const (
 type request struct {
 	*writer
 	visit visit
-	dry   int // commits that made no clusters
+	dry   int   // commits that made no clusters
+	steps int64 // of the allocator, at the last of them
 }
 
 func (r *request) end() {
@@ -311,8 +312,9 @@ func (r *request) enter() (err error) {
 }
 
 // maxDry is how many commits a request waits for clusters before there are
-// none. The first may only have to look further for free ones; those freed
-// before it are there after the second, or the third if requests are slow.
+// none. They do not count while others get some, or while it is looked for
+// free ones; those freed before the first are there after the second, or the
+// third if requests are slow.
 const maxDry = 4
 
 // overcome waits until an obstacle is gone.
@@ -329,6 +331,9 @@ func (r *request) overcome(o obstacle) error {
 	case claimed:
 		<-o.claim
 	case needClusters:
+		if now := r.alloc.progress(); now != r.steps {
+			r.steps, r.dry = now, 0
+		}
 		t := r.commit.ask()
 		if r.dry++; r.dry == 1 {
 			<-t.cut
