@@ -8,10 +8,11 @@
 //   - metadata: cache.go keeps slices of L2 tables, mapping.go turns guest
 //     ranges into segments, runs of guest bytes that come from one place.
 //     link.go changes the mapping, alloc.go hands out host clusters, refcount.go
-//     counts them, guard.go knows which are tables, epoch.go tells who may still
-//     know of one, and loans.go whether replies refer to one. commit.go brings
-//     it all to the store, and is the only place that orders writes. journal.go
-//     and replay.go are for the death of the process.
+//     counts them, guard.go knows which are tables, flight.go which are being
+//     written to, epoch.go tells who may still know of one, and loans.go whether
+//     replies refer to one. commit.go brings it all to the store, and is the
+//     only place that orders writes. journal.go and replay.go are for the death
+//     of the process.
 //   - device: image.go opens an image, read.go serves it, writer.go, write.go
 //     and zero.go change it; compress.go, datafile.go, backing.go, snapshot.go,
 //     bitmap.go, recording.go, create.go and inspect.go are the features on top.

@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"slices"
-	"sync/atomic"
 
 	"github.com/imgnbd/imgnbd/image"
 )
@@ -14,11 +13,11 @@ import (
 // nor freed; a count that makes one free is a lie too. It may be used
 // concurrently, and has takes no lock.
 type tableGuard struct {
-	fixed  []hostRun  // ascending: what stays where it is while the image is open
-	tables []int64    // ascending: active L2 tables and refcounts when it was opened,
-	gone   clusterSet // but for these
-	made   clusterSet // the same, made since
-	news   atomic.Int64
+	fixed   []hostRun  // ascending: what stays where it is while the image is open
+	tables  []int64    // ascending: active L2 tables and refcounts when it was opened,
+	gone    clusterSet // but for these
+	made    clusterSet // the same, made since
+	flights flights    // what is being written to
 }
 
 // maxGuardedTables bounds the L1 entries of snapshots that are read to guard
@@ -182,12 +181,16 @@ func (t *tableGuard) overlaps(r hostRun) (cluster int64, found bool) {
 	return 0, false
 }
 
-// add enters clusters that tables were made in.
-func (t *tableGuard) add(r hostRun) {
+// add enters clusters that tables are about to be made in. It returns an error
+// if guest data is being written to one: then they must not be used.
+func (t *tableGuard) add(g *geometry, r hostRun) error {
 	for c := r.first; c < r.end(); c++ {
 		t.made.add(c)
 	}
-	t.news.Add(1)
+	if c, found := t.flights.touch(r); found {
+		return corrupt("the cluster at %#x is in use, and free by its refcount", c<<g.clusterBits)
+	}
+	return nil
 }
 
 // drop forgets tables that are given up.
@@ -213,14 +216,19 @@ func (w *writer) guard(host, n int64) error {
 	return w.commit.condemn(corrupt("Preventing invalid write on active metadata at offset %#x", host))
 }
 
-// guardSince is guard after data was written: if tables were made meanwhile,
-// one may have taken a cluster that the counts said was free. That is too late
-// for the table, but not for marking the image.
-func (w *writer) guardSince(news, host, n int64) error {
-	if w.tables.news.Load() == news || w.geo.dataFile {
-		return nil
+// beginWrite is guard for who is going to write guest data to the n bytes at
+// host: until the flight is ended no table is made there.
+func (w *writer) beginWrite(host, n int64) (*flight, error) {
+	if w.geo.dataFile {
+		return nil, nil
 	}
-	return w.guard(host, n)
+	first := host >> w.geo.clusterBits
+	f := w.tables.flights.begin(hostRun{first, (host+n-1)>>w.geo.clusterBits - first + 1})
+	if err := w.guard(host, n); err != nil {
+		f.end()
+		return nil, err
+	}
+	return f, nil
 }
 
 // sound returns an error unless entries lo to hi of s make sense: they are

@@ -140,25 +140,29 @@ func (c *changes) takeSlices() []*slice {
 }
 
 // ensureTable provides for an L2 table that the slice can be written to. It
-// reports false if there is no cluster to be had before the next commit.
-func (c *changes) ensureTable(s *slice) bool {
+// reports false if there is no cluster to be had before the next commit, and
+// returns an error if the image is found to lie.
+func (c *changes) ensureTable(s *slice) (bool, error) {
 	i, _ := c.m.geo.sliceTable(s.no)
 	old := l1Entry(c.m.l1[i].Load())
 	if old.ours() {
-		return true
+		return true, nil
 	}
 	c.tableMu.Lock()
 	defer c.tableMu.Unlock()
 	old = l1Entry(c.m.l1[i].Load())
 	if old.ours() || c.tables[i] != nil {
-		return true
+		return true, nil
 	}
 	r, _, ok := c.alloc.take(1)
-	if ok {
-		c.guard.add(r)
-		c.tables[i] = &newTable{l1Index: i, host: r.first << c.m.geo.clusterBits, old: old}
+	if !ok {
+		return false, nil
 	}
-	return ok
+	if err := c.guard.add(c.m.geo, r); err != nil {
+		return false, err
+	}
+	c.tables[i] = &newTable{l1Index: i, host: r.first << c.m.geo.clusterBits, old: old}
+	return true, nil
 }
 
 // takeTable returns the new table of an L1 index if no batch has it, nil

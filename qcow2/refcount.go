@@ -280,7 +280,9 @@ func (r *refcounts) placeBlock(a *allocator, i int64) error {
 	}
 	host := a.tail
 	a.tail++
-	r.tables.add(hostRun{host, 1})
+	if err := r.tables.add(r.g, hostRun{host, 1}); err != nil {
+		return err
+	}
 	r.table[i] = refTableEntry(host << r.g.clusterBits)
 	r.made = append(r.made, i)
 	r.blank[i] = true
@@ -310,8 +312,10 @@ func (r *refcounts) growTable(a *allocator) (bool, error) {
 		}
 	}
 	r.grown.at = hostRun{a.tail, n}
-	r.tables.add(r.grown.at)
 	a.tail += n
+	if err := r.tables.add(r.g, r.grown.at); err != nil {
+		return false, err
+	}
 	for c := r.grown.at.first; c < r.grown.at.end(); c++ {
 		if _, err := r.add(c, +1); err != nil {
 			return false, err

@@ -174,8 +174,12 @@ func (t *takeover) link() error {
 			if found == t.final[c] {
 				break
 			}
+			ok, err := t.changes.ensureTable(s)
+			if err != nil {
+				return err
+			}
 			s.mu.Lock()
-			if !s.dead && t.changes.ensureTable(s) {
+			if !s.dead && ok {
 				t.changes.set(s, i, t.final[c].word, t.final[c].bitmap)
 				// What was exclusive is in past, or used by another entry now.
 				s.dropped = slices.DeleteFunc(s.dropped, func(r reference) bool { return !r.shared })

@@ -27,7 +27,6 @@ func (w *writer) writeSome(p []byte, off int64) (int64, obstacle, error) {
 	if err != nil {
 		return 0, obstacle{}, err
 	}
-	news := w.tables.news.Load()
 	host, n, err := w.inPlace(s, off, int64(len(p)))
 	if err != nil {
 		return 0, obstacle{}, err
@@ -35,10 +34,15 @@ func (w *writer) writeSome(p []byte, off int64) (int64, obstacle, error) {
 	if n == 0 {
 		return w.allocate(s, p, off)
 	}
+	f, err := w.beginWrite(host, n)
+	if err != nil {
+		return 0, obstacle{}, err
+	}
+	defer f.end()
 	if err := w.data.WriteAt(p[:n], host, 0); err != nil {
 		return 0, obstacle{}, fmt.Errorf("data at %#x: %w", host, err)
 	}
-	return n, obstacle{}, w.guardSince(news, host, n)
+	return n, obstacle{}, nil
 }
 
 // inPlace returns how many of the n bytes at off can be overwritten where they
@@ -59,9 +63,6 @@ func (w *writer) inPlace(s *slice, off, n int64) (host, length int64, err error)
 		}
 		if seg.kind != segmentData || seg.host != host+length {
 			break
-		}
-		if err := w.guard(seg.host, seg.length); err != nil {
-			return 0, 0, err
 		}
 		at, length = at+seg.length, length+seg.length
 	}
@@ -114,7 +115,6 @@ func (w *writer) allocate(s *slice, p []byte, off int64) (n int64, o obstacle, e
 	if hi = w.elsewhere(s, lo, c.hi); hi == lo {
 		return 0, obstacle{kind: changed}, nil
 	}
-	news := w.tables.news.Load()
 	if err := w.sound(s, lo, hi); err != nil {
 		return 0, obstacle{}, err
 	}
@@ -122,6 +122,9 @@ func (w *writer) allocate(s *slice, p []byte, off int64) (n int64, o obstacle, e
 		return 0, obstacle{kind: needCommit}, nil
 	}
 	defer w.unreserve(hi - lo)
+	if o, err := w.ensureTable(s); o.kind != noObstacle || err != nil {
+		return 0, o, err
+	}
 	r, own, fresh, ok := w.room(s, lo, hi)
 	if !ok {
 		return 0, obstacle{kind: needClusters}, nil
@@ -131,10 +134,12 @@ func (w *writer) allocate(s *slice, p []byte, off int64) (n int64, o obstacle, e
 		w.link(c, lo, r)
 	}
 	at := r.first<<g.clusterBits + g.within(off)
-	err = w.fillAndWrite(p[:n], off, at, g.clusterSize, fresh)
-	if err == nil && !own {
-		err = w.guardSince(news, at, n)
+	f, err := w.beginWrite(at, n)
+	if err != nil {
+		return 0, obstacle{}, err
 	}
+	err = w.fillAndWrite(p[:n], off, at, g.clusterSize, fresh)
+	f.end()
 	if err != nil {
 		if own {
 			w.alloc.give(r)
@@ -149,6 +154,15 @@ func (w *writer) allocate(s *slice, p []byte, off int64) (n int64, o obstacle, e
 	c.release()
 	s.mu.Unlock()
 	return n, obstacle{}, nil
+}
+
+// ensureTable provides for an L2 table of s, unless that takes a commit.
+func (w *writer) ensureTable(s *slice) (obstacle, error) {
+	ok, err := w.changes.ensureTable(s)
+	if err != nil || ok {
+		return obstacle{}, w.commit.condemn(err)
+	}
+	return obstacle{kind: needClusters}, nil
 }
 
 // elsewhere returns where the run of entries from lo on ends that cannot be
@@ -168,7 +182,7 @@ func (w *writer) room(s *slice, lo, hi int) (r hostRun, own, fresh, ok bool) {
 	g := w.geo
 	if g.dataFile {
 		first := (g.sliceStart(s.no) >> g.clusterBits) + int64(lo)
-		return hostRun{first, int64(hi - lo)}, false, false, w.changes.ensureTable(s)
+		return hostRun{first, int64(hi - lo)}, false, false, true
 	}
 	for i := lo; i < hi; i++ {
 		e, _ := s.entry(i, g.entryWords)
@@ -184,9 +198,6 @@ func (w *writer) room(s *slice, lo, hi int) (r hostRun, own, fresh, ok bool) {
 	}
 	if r.n > 0 {
 		return r, false, false, true
-	}
-	if !w.changes.ensureTable(s) {
-		return hostRun{}, false, false, false
 	}
 	r, fresh, ok = w.alloc.take(int64(hi - lo))
 	return r, true, fresh || w.defects.alwaysFresh, ok
@@ -209,7 +220,6 @@ func (w *writer) allocateSubclusters(s *slice, p []byte, off int64) (n int64, o 
 			c.abandon()
 		}
 	}()
-	news := w.tables.news.Load()
 	if err := w.sound(s, i, i+1); err != nil {
 		return 0, obstacle{}, err
 	}
@@ -233,6 +243,9 @@ func (w *writer) allocateSubclusters(s *slice, p []byte, off int64) (n int64, o 
 		return 0, obstacle{kind: needCommit}, nil
 	}
 	defer w.unreserve(1)
+	if o, err := w.ensureTable(s); o.kind != noObstacle || err != nil {
+		return 0, o, err
+	}
 	unit, fresh := int64(1)<<sub, false
 	written := l2Bitmap(1<<hi - 1<<lo)
 	now := b&^(written<<32) | written
@@ -253,10 +266,12 @@ func (w *writer) allocateSubclusters(s *slice, p []byte, off int64) (n int64, o 
 		e = l2Entry(r.first<<g.clusterBits) | flagCopied
 	}
 	at := e.host() + g.within(off)
-	err = w.fillAndWrite(p[:n], off, at, unit, fresh)
-	if err == nil {
-		err = w.guardSince(news, at, n)
+	f, err := w.beginWrite(at, n)
+	if err != nil {
+		return 0, obstacle{}, err
 	}
+	err = w.fillAndWrite(p[:n], off, at, unit, fresh)
+	f.end()
 	if err != nil {
 		return 0, obstacle{}, err
 	}

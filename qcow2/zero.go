@@ -192,9 +192,9 @@ func (w *writer) zeroSlice(off, n int64, unmap bool) (int64, obstacle, error) {
 		return 0, obstacle{kind: needCommit}, nil
 	}
 	defer w.unreserve(hi - lo)
-	if !w.changes.ensureTable(s) {
+	if o, err := w.ensureTable(s); o.kind != noObstacle || err != nil {
 		c.abandon()
-		return 0, obstacle{kind: needClusters}, nil
+		return 0, o, err
 	}
 	if g.dataFile && unmap {
 		// Host and guest offset are one, so the space can be given up only while
