@@ -155,6 +155,18 @@ type Options struct {
 	Create  bool          // make it if it does not exist; an existing one is opened as it is
 	Direct  bool          // bypass the host's page cache
 	Timeout time.Duration // bound of one operation of a remote store; 0: the back end's default
+
+	// Taken is called when the store has its own locks, and has not looked at
+	// those of others yet: who holds some in its place lets go of them. nil:
+	// nobody does. It is not called where there are no locks.
+	Taken func(Info)
+}
+
+// A LockHolder is a Store whose locks can be kept beyond Close.
+type LockHolder interface {
+	// HoldLocks returns a file that has the locks that the Store has. They end
+	// when no process has it open any more. nil: there are none.
+	HoldLocks() (*os.File, error)
 }
 
 // A Protocol opens one kind of URL.

@@ -107,6 +107,8 @@ type store struct {
 	sector int64 // of a block device, in bytes
 	info   storage.Info
 	gate   storage.Gate
+	access storage.Access
+	share  storage.Sharing
 
 	limit   atomic.Int64 // with info.FixedSize: what may be written
 	barrier barrier
@@ -128,8 +130,8 @@ const (
 )
 
 func newStore(f *os.File, n *node, opt storage.Options) (*store, error) {
-	s := &store{file: f, fd: n.fd, block: n.block, sector: n.sector, try: n.try}
-	if err := lockImage(n.fd, opt.Access, opt.Share); err != nil {
+	s := &store{file: f, fd: n.fd, block: n.block, sector: n.sector, try: n.try, access: opt.Access, share: opt.Share}
+	if err := lockImage(n, &opt); err != nil {
 		unlockImage(n.fd)
 		return nil, err
 	}

@@ -3,6 +3,7 @@ package file
 import (
 	"bufio"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -51,14 +52,41 @@ func permissions(access storage.Access, share storage.Sharing) (used, unshared p
 
 // lockImage takes the locks. Where the file system has none, it succeeds
 // without, as QEMU does.
-func lockImage(fd int, access storage.Access, share storage.Sharing) error {
+func lockImage(n *node, opt *storage.Options) error {
+	if !canLock(n.fd, opt.Share) {
+		return nil
+	}
+	used, unshared := permissions(opt.Access, opt.Share)
+	if err := takeLocks(n.fd, used, unshared); err != nil {
+		return err
+	}
+	if opt.Taken != nil {
+		opt.Taken(n.info)
+	}
+	for i, name := range permissionNames {
+		if used>>i&1 != 0 {
+			if err := checkByte(n.fd, lockUnshared+i, fmt.Sprintf("%q lock", name)); err != nil {
+				return err
+			}
+		}
+		if unshared>>i&1 != 0 {
+			if err := checkByte(n.fd, lockUsed+i, fmt.Sprintf("shared %q lock", name)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func canLock(fd int, share storage.Sharing) bool {
 	if share == storage.ShareNoLock {
-		return nil
+		return false
 	}
-	if _, err := otherLock(fd, lockUsed); err != nil {
-		return nil
-	}
-	used, unshared := permissions(access, share)
+	_, err := otherLock(fd, lockUsed)
+	return err == nil
+}
+
+func takeLocks(fd int, used, unshared permission) error {
 	for i := range permissionNames {
 		if used>>i&1 != 0 {
 			if err := lockByte(fd, lockUsed+i); err != nil {
@@ -71,19 +99,29 @@ func lockImage(fd int, access storage.Access, share storage.Sharing) error {
 			}
 		}
 	}
-	for i, name := range permissionNames {
-		if used>>i&1 != 0 {
-			if err := checkByte(fd, lockUnshared+i, fmt.Sprintf("%q lock", name)); err != nil {
-				return err
-			}
-		}
-		if unshared>>i&1 != 0 {
-			if err := checkByte(fd, lockUsed+i, fmt.Sprintf("shared %q lock", name)); err != nil {
-				return err
-			}
-		}
-	}
 	return nil
+}
+
+// HoldLocks implements storage.LockHolder.
+func (s *store) HoldLocks() (*os.File, error) {
+	if !s.gate.Enter() {
+		return nil, fs.ErrClosed
+	}
+	defer s.gate.Leave()
+	if !canLock(s.fd, s.share) {
+		return nil, nil
+	}
+	// Not a duplicate, which would lose its locks with the store.
+	f, err := os.Open("/proc/self/fd/" + strconv.Itoa(s.fd))
+	if err != nil {
+		return nil, err
+	}
+	used, unshared := permissions(s.access, s.share)
+	if err := takeLocks(int(f.Fd()), used, unshared); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
 }
 
 // unlockImage gives the locks back, which closing does only when no child that

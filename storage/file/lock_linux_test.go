@@ -3,6 +3,7 @@ package file
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -226,4 +227,65 @@ func TestLocksWithinOneProcess(t *testing.T) {
 		pass(t, s.Close())
 		wantLock(t, path, "grow", "", "")
 	}
+}
+
+// The locks of a store outlive it in a file, and go to whoever opens the bytes
+// next: at no moment can a third one have them.
+func TestHoldLocks(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	pass(t, os.WriteFile(path, nil, 0o600))
+	open := func(opt storage.Options) error {
+		s, err := tryOpen(path, opt)
+		if err == nil {
+			err = s.Close()
+		}
+		return err
+	}
+	s := mustOpen(t, path, openings["grow"])
+	held, err := s.HoldLocks()
+	pass(t, err)
+	pass(t, s.Close())
+	if got, want := lockedBytes(t, os.Getpid(), int(held.Fd())), []int{100, 101, 103, 201, 203}; !slices.Equal(got, want) {
+		t.Errorf("%v are held, not %v", got, want)
+	}
+	third := func(when string) {
+		t.Helper()
+		for _, name := range []string{"read", "write", "write, share", "grow"} {
+			if err := open(openings[name]); !errors.Is(err, storage.ErrInUse) && name != "read" {
+				t.Errorf("%s, %s: %v", when, name, err)
+			}
+		}
+	}
+	third("closed")
+	heir := openings["grow"]
+	heir.Taken = func(info storage.Info) {
+		if want := s.Info().ID; info.ID != want {
+			t.Errorf("%s, not %s", info.ID, want)
+		}
+		third("before")
+		pass(t, held.Close())
+		third("after")
+	}
+	next := mustOpen(t, path, heir)
+	third("opened again")
+	pass(t, next.Close())
+	pass(t, open(openings["grow"]))
+
+	// Who opens the bytes is refused if somebody else has them, too.
+	other := mustOpen(t, path, openings["write"])
+	let := false
+	refused := openings["grow"]
+	refused.Taken = func(storage.Info) { let = true }
+	if err := open(refused); !errors.Is(err, storage.ErrInUse) || !let {
+		t.Errorf("%v, %v", err, let)
+	}
+	if _, err := s.HoldLocks(); !errors.Is(err, fs.ErrClosed) {
+		t.Errorf("of a closed one: %v", err)
+	}
+	pass(t, other.Close())
+	none := mustOpen(t, path, openings["write, no lock"])
+	if held, err := none.HoldLocks(); held != nil || err != nil {
+		t.Errorf("of one without: %v, %v", held, err)
+	}
+	pass(t, none.Close())
 }
