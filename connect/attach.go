@@ -103,11 +103,17 @@ func (a *Attachment) Path() string { return a.host.path(a.index) }
 // Size returns the size of the device in bytes.
 func (a *Attachment) Size() uint64 { return a.host.size(a.index) }
 
+// Ours reports whether the device is still that of this Attachment.
+func (a *Attachment) Ours() bool { return a.host.backend(a.index) == a.backend }
+
+// Holders returns who uses the device, as far as that can be seen.
+func (a *Attachment) Holders() []Holder { return a.host.holders(a.index) }
+
 // Detach flushes the device and takes it from the kernel, as the function
 // Detach does. The servers of its connections see an orderly end. If somebody
 // else has detached it, there is nothing to do.
 func (a *Attachment) Detach(ctx context.Context, force bool) error {
-	if a.host.read(a.index, name(a.index), "backend") != a.backend {
+	if !a.Ours() {
 		return nil
 	}
 	return a.host.detach(ctx, a.index, force)

@@ -13,6 +13,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 )
@@ -22,9 +23,11 @@ import (
 // record. On the control socket beside the record
 //
 //	the successor connects;
-//	the server finishes, closes its image and sends a letter, with the record
-//	and the sockets as descriptors, and what has arrived on them;
-//	the successor opens the image, and says "taken";
+//	the server finishes, closes its image and sends a letter, with the record,
+//	the sockets and the locks of the image as descriptors, and what has arrived
+//	on the sockets;
+//	the successor opens the image, for which it lets go of the locks, and says
+//	"taken";
 //	the server says "go" and ends.
 //
 // Before "go" the successor touches no socket, and after it the server does
@@ -32,7 +35,8 @@ import (
 
 const (
 	handoverTime = time.Minute // of a handover, for the successor to open the image
-	maxHanded    = 200         // connections; the kernel passes 253 descriptors at once
+	maxHanded    = 200         // connections
+	maxFiles     = 253         // that the kernel passes at once
 )
 
 // A Handed connection is the server's end of one that the kernel has.
@@ -41,9 +45,17 @@ type Handed struct {
 	Input []byte // has arrived, and begins with a request
 }
 
+// A HeldLock keeps others from what belongs to an image while it is open
+// nowhere.
+type HeldLock struct {
+	Store string // what is locked, by a name that both sides know
+	File  *os.File
+}
+
 // A letter says what comes with it.
 type letter struct {
-	Inputs []int `json:"inputs"` // lengths, in the order of the sockets
+	Inputs []int    `json:"inputs"`          // lengths, in the order of the sockets
+	Locks  []string `json:"locks,omitempty"` // of which stores
 }
 
 func (h *host) controlPath(index int) string { return filepath.Join(h.run, name(index)+".sock") }
@@ -117,16 +129,20 @@ func (a *Attachment) stopListening() error {
 
 // HandOver gives the device to a successor: the server's ends of its
 // connections, at which nobody may do anything until this returns, and the
-// image of which must be closed. taken means that the device is the
+// image of which must be closed, and its locks, which are closed here. taken means that the device is the
 // successor's, and this process is done with it; before is called when that is
 // certain, while the successor still waits. Otherwise the device is still
 // ours, and goes on with Keep.
-func (a *Attachment) HandOver(s *Successor, conns []Handed, before func()) (taken bool, err error) {
+func (a *Attachment) HandOver(s *Successor, conns []Handed, locks []HeldLock, before func()) (taken bool, err error) {
 	defer s.Close()
-	if err := s.conn.SetDeadline(time.Now().Add(handoverTime)); err != nil {
-		return false, err
+	err = s.conn.SetDeadline(time.Now().Add(handoverTime))
+	if err == nil {
+		err = a.send(s.conn, conns, locks)
 	}
-	if err := a.send(s.conn, conns); err != nil {
+	for _, l := range locks {
+		l.File.Close()
+	}
+	if err != nil {
 		return false, fmt.Errorf("process %d: %w", s.PID, err)
 	}
 	if err := expect(s.conn, "taken\n"); err != nil {
@@ -157,7 +173,7 @@ func (a *Attachment) Keep(i Identity) error {
 	return a.listen()
 }
 
-func (a *Attachment) send(to *net.UnixConn, conns []Handed) error {
+func (a *Attachment) send(to *net.UnixConn, conns []Handed, locks []HeldLock) error {
 	if len(conns) > maxHanded {
 		return fmt.Errorf("%d connections are too many to be handed over", len(conns))
 	}
@@ -177,6 +193,10 @@ func (a *Attachment) send(to *net.UnixConn, conns []Handed) error {
 		files = append(files, f)
 		l.Inputs = append(l.Inputs, len(h.Input))
 		inputs = append(inputs, h.Input...)
+	}
+	for _, lock := range locks[:min(len(locks), maxFiles-len(files))] {
+		files = append(files, lock.File)
+		l.Locks = append(l.Locks, lock.Store)
 	}
 	text, err := json.Marshal(l)
 	if err != nil {
@@ -228,8 +248,8 @@ func (p *Predecessor) Receive(ctx context.Context) (err error) {
 	if err == nil {
 		err = json.Unmarshal(line, &l)
 	}
-	if err == nil && (len(files) != 1+len(l.Inputs) || len(l.Inputs) > maxHanded) {
-		err = fmt.Errorf("%d descriptors for %d connections", len(files), len(l.Inputs))
+	if err == nil && (len(files) != 1+len(l.Inputs)+len(l.Locks) || len(l.Inputs) > maxHanded) {
+		err = fmt.Errorf("%d descriptors for %d connections and %d locks", len(files), len(l.Inputs), len(l.Locks))
 	}
 	if err == nil && !isAt(files[0], p.record.path) {
 		err = errors.New("another record")
@@ -247,8 +267,30 @@ func (p *Predecessor) Receive(ctx context.Context) (err error) {
 		}
 		p.handed = append(p.handed, h)
 	}
-	p.record.f, files = files[0], files[1:]
+	for i, store := range l.Locks {
+		p.locks = append(p.locks, HeldLock{store, files[1+len(l.Inputs)+i]})
+	}
+	p.record.f, files = files[0], files[1:1+len(l.Inputs)]
 	return nil
+}
+
+// LetGo gives up the lock on a store that was handed over with the device, if
+// there is one: its successor has one of its own.
+func (p *Predecessor) LetGo(store string) {
+	p.locks = slices.DeleteFunc(p.locks, func(l HeldLock) bool {
+		if l.Store == store {
+			l.File.Close()
+		}
+		return l.Store == store
+	})
+}
+
+// letGoAll is LetGo for those of stores that nobody has opened.
+func (p *Predecessor) letGoAll() {
+	for _, l := range p.locks {
+		l.File.Close()
+	}
+	p.locks = nil
 }
 
 // succeed takes the device from a server that lives.
@@ -274,6 +316,7 @@ func (p *Predecessor) succeed(ctx context.Context, opt Options) (*Attachment, er
 		p.record.Record = r
 		return nil, fmt.Errorf("%s: process %d: %w", p.Path(), r.PID, err)
 	}
+	p.letGoAll()
 	a.handed, p.handed = p.handed, nil
 	return a, errors.Join(p.record.write(), a.listen())
 }
@@ -328,7 +371,7 @@ func sendFiles(to *net.UnixConn, text []byte, files []*os.File) error {
 // sent.
 func receiveFiles(from *net.UnixConn) (io.Reader, []*os.File, error) {
 	var first [1]byte
-	rights := make([]byte, syscall.CmsgSpace(4*(1+maxHanded)))
+	rights := make([]byte, syscall.CmsgSpace(4*maxFiles))
 	n, got, flags, _, err := from.ReadMsgUnix(first[:], rights)
 	if err != nil {
 		return nil, nil, err

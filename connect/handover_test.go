@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -42,7 +43,7 @@ type outcome struct {
 func handsOver(a *Attachment, conns ...Handed) (<-chan outcome, *int) {
 	done, calls := make(chan outcome, 1), new(int)
 	go func() {
-		taken, err := a.HandOver(<-a.Successors(), conns, func() { *calls++ })
+		taken, err := a.HandOver(<-a.Successors(), conns, nil, func() { *calls++ })
 		done <- outcome{taken, err}
 	}()
 	return done, calls
@@ -71,7 +72,7 @@ func TestHandOver(t *testing.T) {
 	if err := a.Keep(again); err != nil {
 		t.Fatal(err)
 	}
-	if s := h.server(1); !s.alive() || s.Journal != "K" || s.property("size") != "1048576" {
+	if s := h.server(1); !s.alive() || s.Journal != "K" || s.Property("size") != "1048576" {
 		t.Errorf("%+v", s)
 	}
 
@@ -149,7 +150,7 @@ func TestHandOverBroken(t *testing.T) {
 	sent := make(chan error, 1)
 	go func() {
 		s := <-a.Successors()
-		err := a.send(s.conn, []Handed{one})
+		err := a.send(s.conn, []Handed{one}, nil)
 		sent <- errors.Join(err, expect(s.conn, "taken\n"), s.Close())
 	}()
 	p := lives(t, h)
@@ -187,6 +188,74 @@ func TestHandOverBroken(t *testing.T) {
 		t.Errorf("%v, %v", p, err)
 	}
 	if err := a.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// What keeps others from the image goes with the device, until its successor
+// has a hold of its own.
+func TestHandOverLocks(t *testing.T) {
+	h, _ := newFake(t)
+	a := attach(t, h, offer("/dev/nbd1", disk))
+	one, _ := pair(t, "")
+	var ends []*os.File // each reads as ended once nobody has the lock
+	var locks []HeldLock
+	for _, store := range []string{"a", "b", "c"} {
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		ends, locks = append(ends, r), append(locks, HeldLock{store, w})
+	}
+	held := func() (list string) {
+		for i, r := range ends {
+			c, err := r.SyscallConn()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := c.Read(func(fd uintptr) bool {
+				if _, err := syscall.Read(int(fd), make([]byte, 1)); err == syscall.EAGAIN {
+					list += locks[i].Store
+				}
+				return true
+			}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return list
+	}
+	done := make(chan outcome, 1)
+	go func() {
+		taken, err := a.HandOver(<-a.Successors(), []Handed{one}, locks, func() {})
+		done <- outcome{taken, err}
+	}()
+	p := lives(t, h)
+	if err := p.Receive(limited(t)); err != nil {
+		t.Fatal(err)
+	}
+	if got := held(); got != "abc" {
+		t.Errorf("received: %s are held", got)
+	}
+	p.LetGo("b")
+	p.LetGo("x")
+	if got := held(); got != "ac" {
+		t.Errorf("one is let go: %s are held", got)
+	}
+	b, err := p.TakeOver(limited(t), offer("", disk))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if o := <-done; !o.taken || o.err != nil {
+		t.Errorf("%+v", o)
+	}
+	if got := held(); got != "" {
+		t.Errorf("taken over: %s are held", got)
+	}
+	for _, c := range b.Handed() {
+		c.Conn.Close()
+	}
+	if err := errors.Join(b.Detach(limited(t), false), b.Close()); err != nil {
 		t.Error(err)
 	}
 }

@@ -9,9 +9,16 @@ import (
 	"strings"
 )
 
-// ErrAbandoned is the error of unmounting a file system that can be written
+// An AbandonedError is the error of unmounting a file system that can be written
 // to, whose server has ended: what was not flushed would be lost.
-var ErrAbandoned = errors.New("its server has ended, and what was not flushed would be lost")
+type AbandonedError struct {
+	Path, Point string
+	Record      Record // that the server has left; empty if none, and then no other can go on
+}
+
+func (e *AbandonedError) Error() string {
+	return fmt.Sprintf("%s on %s: its server has ended, and what was not flushed would be lost", e.Path, e.Point)
+}
 
 // A Hold has a device open that goes when nobody has it open any more.
 type Hold struct {
@@ -88,7 +95,7 @@ func (h *host) unmount(ctx context.Context, dir string, force bool, umount func(
 	ended := s.dead() || !s.known()
 	if ended && m.writable && !force {
 		s.close()
-		return fmt.Errorf("%s on %s: %w", h.path(index), m.point, ErrAbandoned)
+		return &AbandonedError{h.path(index), m.point, s.Record}
 	}
 	if ended {
 		// Its requests fail at once then.

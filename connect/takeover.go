@@ -67,6 +67,7 @@ type Predecessor struct {
 	lives   bool
 	control *net.UnixConn // to one that lives, once it was asked
 	handed  []Handed
+	locks   []HeldLock
 }
 
 // FindPredecessor returns the server of a device that has died; with live also
@@ -142,6 +143,7 @@ func (p *Predecessor) Connections() int { return p.record.Connections }
 
 // Close leaves the device to wait for somebody else, or to a server that lives.
 func (p *Predecessor) Close() error {
+	p.letGoAll()
 	for _, h := range p.handed {
 		h.Conn.Close()
 	}
@@ -168,14 +170,15 @@ func (p *Predecessor) Check(offered string, stores []string, properties []Proper
 		}
 	}
 	for _, is := range properties {
-		if was := p.record.property(is.Name); was != is.Value {
+		if was := p.record.Property(is.Name); was != is.Value {
 			return &DifferentError{p.Path(), p.Image(), offered, is.Name, orNone(was), orNone(is.Value)}
 		}
 	}
 	return nil
 }
 
-func (i *Identity) property(name string) string {
+// Property returns the value of a property, "" if it is not there.
+func (i *Identity) Property(name string) string {
 	for _, p := range i.Properties {
 		if p.Name == name {
 			return p.Value

@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"os/signal"
-	"syscall"
 	"time"
 
 	"github.com/imgnbd/imgnbd/connect"
@@ -55,51 +53,6 @@ func (c *connectOptions) check(o *serveOptions) error {
 	return nil
 }
 
-// detachTime bounds a detachment, which waits until the server has written
-// everything to its image.
-const detachTime = 10 * time.Minute
-
-// disconnectDevice is the bare command with --disconnect.
-func (o *serveOptions) disconnectDevice(u *ui, device string) error {
-	if _, err := os.Stat(device); err != nil {
-		return says("Cannot open %s: %s", device, strerror(err))
-	}
-	err := detachDevice(device, o.connect.force)
-	if isBusy(err) && !o.connect.force && u.compat() {
-		// Qemu-nbd does not look. What can be saved is.
-		u.warning(err.Error() + ": what is written to it from now on is lost")
-		if err = detachDevice(device, true); isBusy(err) {
-			u.warning(err.Error())
-			err = nil
-		}
-	}
-	switch {
-	case errors.Is(err, connect.ErrNotAttached) && u.compat():
-		u.warning(err.Error()) // to qemu-nbd it is no failure
-	case isBusy(err) && !o.connect.force:
-		return hinted(err, "umount it, or lose what is written to it from now on with --force")
-	case err != nil:
-		return err
-	}
-	u.printf("%s disconnected\n", device)
-	return nil
-}
-
-// detachDevice detaches a device of this machine, unless a signal ends the
-// waiting.
-func detachDevice(device string, force bool) error {
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	defer stop()
-	ctx, cancel := context.WithTimeout(ctx, detachTime)
-	defer cancel()
-	return connect.Detach(ctx, device, force)
-}
-
-func isBusy(err error) bool {
-	_, ok := errors.AsType[*connect.BusyError](err)
-	return ok
-}
-
 // runConnected is the bare command with --connect: the server of a device of
 // this machine. The image is closed when nothing more can come from the
 // kernel, and only then is whoever waits for that told.
@@ -123,7 +76,11 @@ func (s *service) runConnected() (err error) {
 	if gone, ok := errors.AsType[*departed](err); ok {
 		return gone.err
 	}
-	return errors.Join(err, s.shutdown(), s.device.Close(), a.Close())
+	err = errors.Join(err, s.shutdown(), s.closeDevice())
+	if s.abandoned {
+		return err // that it is closed would be a lie
+	}
+	return errors.Join(err, a.Close(), s.awaitDetacher())
 }
 
 // begin opens the image and connects it to the kernel. nil without an error: a
@@ -142,7 +99,7 @@ func (s *service) begin(pred *connect.Predecessor) (_ *connect.Attachment, err e
 		// What waits for another server needs its journal: what this process
 		// has not closed is as after its death.
 		if err != nil && (pred == nil || pred.Lives()) {
-			err = errors.Join(err, s.device.Close())
+			err = errors.Join(err, s.closeDevice())
 		}
 	}()
 	e, err := s.newImageServer()
@@ -294,27 +251,4 @@ func (s *service) announceDevice(a *connect.Attachment) (err error) {
 	}
 	s.u.printf("%s", result)
 	return nil
-}
-
-// detach takes the device from the kernel. While it is mounted or held
-// otherwise it goes on being served; a second signal ends that.
-func (s *service) detach(a *connect.Attachment) error {
-	ctx, cancel := context.WithTimeout(context.Background(), detachTime)
-	defer cancel()
-	for told := false; ; told = true {
-		err := a.Detach(ctx, false)
-		if !isBusy(err) {
-			return err
-		}
-		if !told {
-			s.u.message(err.Error() + ": it is detached as soon as it is free, or by another signal")
-		}
-		select {
-		case <-s.over: // somebody has detached it
-			return nil
-		case <-s.signals:
-			return a.Detach(ctx, true)
-		case <-time.After(200 * time.Millisecond):
-		}
-	}
 }

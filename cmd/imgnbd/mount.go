@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -231,13 +232,56 @@ func umountCommand() *command {
 		ctx, cancel := context.WithTimeout(ctx, detachTime)
 		defer cancel()
 		err = connect.Unmount(ctx, dir, force, func(dir string) error { return runTool("umount", "--", dir) })
-		switch {
-		case errors.Is(err, connect.ErrAbandoned):
-			err = hinted(err, "start another one with imgnbd -c, or give that up with --force")
-		case isBusy(err):
+		if a, ok := errors.AsType[*connect.AbandonedError](err); ok {
+			err = abandoned(a)
+		} else if isBusy(err) {
 			err = hinted(fmt.Errorf("%s is unmounted, but %w", filepath.Clean(dir), err), "the device is detached when that has ended")
 		}
 		return err
 	}
 	return c
 }
+
+// abandoned adds what can be done: another server takes the device over, unless
+// what the dead one had answered went with it.
+func abandoned(a *connect.AbandonedError) error {
+	why := a.Record.Volatile
+	if a.Record.Backend == "" {
+		why = "it has left no record"
+	}
+	if why != "" {
+		return hinted(a, "no other server can go on with it, since "+why+"; to give that up: imgnbd umount --force "+word(a.Point))
+	}
+	return hinted(hinted(a, "to give that up: imgnbd umount --force "+word(a.Point)),
+		"to lose nothing, start a server again: "+takeoverCommand(a.Path, &a.Record))
+}
+
+// takeoverCommand is the command line of a server that takes a device over.
+func takeoverCommand(path string, r *connect.Record) string {
+	line := "imgnbd -c " + path
+	if r.Server != "" {
+		return line + " " + word(r.Server)
+	}
+	if r.Property("options") != "" && !strings.HasPrefix(r.Image, "json:") {
+		return line + " --image-opts " + word(r.Image)
+	}
+	for _, o := range []struct{ property, option, usual string }{
+		{"format", "-f ", ""}, {"partition", "-P ", "0"}, {"offset", "-o ", "0"}, {"block size", "--block-size=", "512"},
+	} {
+		said := o.property == "format" && strings.HasPrefix(r.Image, "json:")
+		if v := r.Property(o.property); v != o.usual && !said {
+			line += " " + o.option + v
+		}
+	}
+	return line + " " + word(r.Image)
+}
+
+// word makes one word of s for a shell.
+func word(s string) string {
+	if plainWord.MatchString(s) {
+		return s
+	}
+	return "'" + strings.ReplaceAll(printable(s), "'", `'\''`) + "'"
+}
+
+var plainWord = regexp.MustCompile(`^[\w./:@%+=,-]+$`)

@@ -6,6 +6,9 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/imgnbd/imgnbd/connect"
 	"github.com/imgnbd/imgnbd/internal/partition"
 )
 
@@ -72,6 +75,47 @@ func TestMountOptions(t *testing.T) {
 		o := ours(append([]string{"imgnbd"}, strings.Fields(args)...)...)
 		if o.Code != 1 || !strings.HasPrefix(o.Stderr, "imgnbd: "+want) {
 			t.Errorf("%s: %+v", args, o)
+		}
+	}
+}
+
+// Who may not unmount is told how to go on, or that nobody can.
+func TestAbandoned(t *testing.T) {
+	of := func(image string, properties ...string) connect.Record {
+		r := connect.Record{Backend: "imgnbd:X", Image: image}
+		for i := 0; i < len(properties); i += 2 {
+			r.Properties = append(r.Properties, connect.Property{Name: properties[i], Value: properties[i+1]})
+		}
+		return r
+	}
+	volatile := of("/disk")
+	volatile.Volatile = "its server kept no journal"
+	const forced = "imgnbd: hint: to give that up: imgnbd umount --force '/a b'\n"
+	again := func(command string) string {
+		return "imgnbd: hint: to lose nothing, start a server again: " + command + "\n" + forced
+	}
+	for _, test := range []struct {
+		record connect.Record
+		want   string
+	}{
+		{of("/srv/disk.raw", "format", "raw", "offset", "0", "partition", "2", "block size", "512"),
+			again("imgnbd -c /dev/nbd3 -f raw -P 2 /srv/disk.raw")},
+		{of("/srv/it's", "format", "qcow2", "offset", "512", "partition", "0", "block size", "4096"),
+			again(`imgnbd -c /dev/nbd3 -f qcow2 -o 512 --block-size=4096 '/srv/it'\''s'`)},
+		{of(`json:{"driver":"raw"}`, "format", "raw", "partition", "0", "offset", "0", "block size", "512", "options", `json:{"driver":"raw"}`),
+			again(`imgnbd -c /dev/nbd3 'json:{"driver":"raw"}'`)},
+		{of("driver=raw,file.filename=/disk", "format", "raw", "options", "driver=raw,file.filename=/disk"),
+			again("imgnbd -c /dev/nbd3 --image-opts driver=raw,file.filename=/disk")},
+		{connect.Record{Backend: "imgnbd:X", Server: "nbds://host/disk?tls-certificates=/c"},
+			again("imgnbd -c /dev/nbd3 'nbds://host/disk?tls-certificates=/c'")},
+		{volatile, "imgnbd: hint: no other server can go on with it, since its server kept no journal; to give that up: imgnbd umount --force '/a b'\n"},
+		{connect.Record{}, "imgnbd: hint: no other server can go on with it, since it has left no record; to give that up: imgnbd umount --force '/a b'\n"},
+	} {
+		var messages strings.Builder
+		newUI("imgnbd", nil, nil, &messages).fail(abandoned(&connect.AbandonedError{Path: "/dev/nbd3", Point: "/a b", Record: test.record}))
+		want := "imgnbd: /dev/nbd3 on /a b: its server has ended, and what was not flushed would be lost\n" + test.want
+		if diff := cmp.Diff(want, messages.String()); diff != "" {
+			t.Error(diff)
 		}
 	}
 }

@@ -16,6 +16,12 @@ func selfPath() (string, error) { return "/proc/self/exe", nil }
 // selfPath is "exe".
 func setProcessName(name string) { os.WriteFile("/proc/self/comm", []byte(name), 0) }
 
+// dependent is for a process that ends with this one, and that signals from a
+// terminal do not reach.
+func dependent() *syscall.SysProcAttr {
+	return &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+}
+
 // redirect makes descriptor to the same as from.
 func redirect(from *os.File, to int) error { return unix.Dup3(int(from.Fd()), to, 0) }
 

@@ -4,6 +4,7 @@ package main
 
 import (
 	"errors"
+	"net"
 	"os"
 	"syscall"
 
@@ -14,6 +15,8 @@ func selfPath() (string, error) { return os.Executable() }
 
 func setProcessName(string) {}
 
+func dependent() *syscall.SysProcAttr { return &syscall.SysProcAttr{Setpgid: true} }
+
 func redirect(from *os.File, to int) error { return unix.Dup2(int(from.Fd()), to) }
 
 func withSocketLabel(label string, f func() error) error {
@@ -22,6 +25,8 @@ func withSocketLabel(label string, f func() error) error {
 	}
 	return f()
 }
+
+func dialVsock(string) (net.Conn, error) { return nil, errors.New("AF_VSOCK is for Linux") }
 
 func listenVsock(string) (*place, error) { return nil, errors.New("AF_VSOCK is for Linux") }
 

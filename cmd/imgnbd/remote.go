@@ -52,7 +52,11 @@ func (o *serveOptions) findRemote(u *ui, operands []string) (*remote, error) {
 	default:
 		for _, only := range []string{"timeout", "swap"} {
 			if o.flags.Changed(only) {
-				return nil, fmt.Errorf("--%s is for the exports of servers, and %s is an image", only, operands[0])
+				err := fmt.Errorf("--%s is for the exports of servers, and %s is an image", only, operands[0])
+				if only == "swap" {
+					err = hinted(err, "this process would need memory in order to free it; swap to a raw image as swapon(8) does with any file")
+				}
+				return nil, err
 			}
 		}
 		return nil, nil
@@ -82,8 +86,6 @@ func (o *serveOptions) secureRemote(r *remote) error {
 	uri := &r.uri
 	query := uri.TLSQuery
 	switch {
-	case uri.Network == "vsock":
-		return errors.New("servers at AF_VSOCK are not attached: the kernel's devices do not know it")
 	case uri.User != "" || query.Has("tls-psk-file") || query.Has("tls-type") && query.Get("tls-type") != "x509":
 		return errors.New("of the kinds of authentication over TLS, only that by certificates (x509) is supported")
 	case query.Has("tls-priority"):
@@ -154,6 +156,10 @@ func (r *remote) reach(ctx context.Context) (conn net.Conn, host string, err err
 	if err != nil {
 		return nil, "", err
 	}
+	if r.uri.Network == "vsock" {
+		conn, err = dialVsock(r.uri.Address)
+		return conn, host, err
+	}
 	if r.at != nil {
 		if conn, err = d.DialContext(ctx, "tcp", r.at.String()); err == nil {
 			return conn, host, nil
@@ -186,16 +192,19 @@ func (e *unreachableError) Unwrap() error { return e.err }
 
 // runRemote is the bare command with --connect and a server's export. The
 // kernel is the client; this process stays to open connections again, and for
-// TLS is between the two.
+// what the kernel does not speak, TLS and AF_VSOCK, is between the two.
 func (s *service) runRemote(r *remote) (err error) {
 	defer s.catchSignals()()
 	if err := s.opt.secureRemote(r); err != nil {
 		return err
 	}
 	if s.opt.connect.swap {
-		if r.tls != nil {
-			return hinted(errors.New("--swap and TLS exclude each other: this process would need memory for what is swapped to free it"),
-				"use a network that needs no TLS, a VPN of the kernel's for instance")
+		const why = " exclude each other: this process would need memory for what is swapped to free it"
+		switch {
+		case r.tls != nil:
+			return hinted(errors.New("--swap and TLS"+why), "use a network that needs no TLS, a VPN of the kernel's for instance")
+		case r.uri.Network == "vsock":
+			return hinted(errors.New("--swap and AF_VSOCK"+why), "use TCP")
 		}
 		if err := s.protect(); err != nil {
 			return fmt.Errorf("--swap: %w", err)
@@ -232,7 +241,6 @@ func (s *service) runRemote(r *remote) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, a.Close()) }()
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	var tended error
@@ -245,8 +253,11 @@ func (s *service) runRemote(r *remote) (err error) {
 	err = s.serveDevice(a)
 	cancel()
 	<-over
+	if gone, ok := errors.AsType[*departed](err); ok {
+		return gone.err
+	}
 	if errors.Is(tended, context.Canceled) {
 		tended = nil
 	}
-	return errors.Join(err, tended)
+	return errors.Join(err, tended, a.Close(), s.awaitDetacher())
 }

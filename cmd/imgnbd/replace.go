@@ -25,6 +25,10 @@ func (s *service) handOver(a *connect.Attachment, successor *connect.Successor) 
 	ctx, cancel := context.WithTimeout(context.Background(), detachTime) // the medium may be slow
 	defer cancel()
 	conns, err := s.server.HandOver(ctx)
+	locks, e := s.opt.connect.origin.hold()
+	if e != nil {
+		s.u.warning(a.Path() + " is handed over without the locks of its image: " + e.Error())
+	}
 	if err == nil {
 		err = s.device.Close()
 	}
@@ -36,7 +40,7 @@ func (s *service) handOver(a *connect.Attachment, successor *connect.Successor) 
 	for _, c := range conns {
 		handed = append(handed, connect.Handed(c))
 	}
-	taken, err := a.HandOver(successor, handed, func() {
+	taken, err := a.HandOver(successor, handed, locks, func() {
 		notify(fmt.Sprintf("MAINPID=%d", successor.PID))
 		s.closePID()
 	})

@@ -33,21 +33,23 @@ type service struct {
 	file   string
 	daemon *daemon // nil in the foreground
 
-	signals  chan os.Signal // that ask for the end
-	asked    chan os.Signal // that ask what limits were reached
-	place    *place
-	only     net.Conn // of --stdio, nil without
-	device   image.Device
-	server   *export.Server
-	visitors *visitors
-	over     <-chan struct{}                  // closed when a device is nobody's; of --connect
-	report   func(*connect.Attachment) string // what is printed when it is there; nil: as usual
-	pid      io.Closer                        // the file, nil if there is none
-	home     string                           // the directory that names are relative to
-	command  *exec.Cmd                        // of --run, nil if there is none
-	stalled  bool                             // clients were cut off whose requests have not ended
-	hurried  atomic.Bool                      // a second signal has come
-	ended    chan error
+	signals   chan os.Signal // that ask for the end
+	asked     chan os.Signal // that ask what limits were reached
+	place     *place
+	only      net.Conn // of --stdio, nil without
+	device    image.Device
+	server    *export.Server
+	visitors  *visitors
+	over      <-chan struct{}                  // closed when a device is nobody's; of --connect
+	report    func(*connect.Attachment) string // what is printed when it is there; nil: as usual
+	pid       io.Closer                        // the file, nil if there is none
+	home      string                           // the directory that names are relative to
+	command   *exec.Cmd                        // of --run, nil if there is none
+	stalled   bool                             // clients were cut off whose requests have not ended
+	hurried   atomic.Bool                      // a second signal has come
+	abandoned bool                             // the image was not closed, since it does not answer
+	detacher  <-chan error                     // the end of a process that detaches the device; nil without
+	ended     chan error
 }
 
 // run serves until it is told to stop, or nobody is left to serve. The socket
@@ -298,6 +300,7 @@ func (s *service) closeDevice() error {
 		case <-s.signals:
 			s.hurried.Store(true)
 		case <-late:
+			s.abandoned = true
 			return &exit{1, fmt.Errorf("%s does not answer: given up without closing it", s.file)}
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"io/fs"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -25,9 +26,10 @@ type origin struct {
 	pred *connect.Predecessor // that had the device before; nil: nobody
 
 	stores  []string // in the order in which they are first opened
-	journal string   // the holder of the journal
-	asked   bool     // the format has asked for one
-	kept    bool     // and has got it
+	opened  []storage.Store
+	journal string // the holder of the journal
+	asked   bool   // the format has asked for one
+	kept    bool   // and has got it
 }
 
 // newOrigin returns what watches the opening of file.
@@ -55,6 +57,9 @@ func (o *origin) continues() bool {
 func (o *origin) watch(chain *image.Chain) {
 	for i, p := range chain.Protocols {
 		chain.Protocols[i].Open = func(ctx context.Context, u *url.URL, opt storage.Options) (storage.Store, error) {
+			if o.pred != nil {
+				opt.Taken = func(info storage.Info) { o.pred.LetGo(identityOf(info)) }
+			}
 			s, err := p.Open(ctx, u, opt)
 			if err != nil {
 				return nil, err
@@ -62,6 +67,7 @@ func (o *origin) watch(chain *image.Chain) {
 			if err := o.saw(s.Info()); err != nil {
 				return nil, errors.Join(err, s.Close())
 			}
+			o.opened = append(o.opened, s)
 			return s, nil
 		}
 	}
@@ -72,10 +78,31 @@ func (o *origin) watch(chain *image.Chain) {
 	}
 }
 
+func identityOf(info storage.Info) string { return strings.TrimSpace(info.ID + " " + info.Generation) }
+
+// hold returns the locks of all that is open, for a successor.
+func (o *origin) hold() (locks []connect.HeldLock, err error) {
+	for _, s := range o.opened {
+		h, ok := s.(storage.LockHolder)
+		if !ok {
+			continue
+		}
+		f, e := h.HoldLocks()
+		switch {
+		case errors.Is(e, fs.ErrClosed):
+		case e != nil:
+			err = errors.Join(err, e)
+		case f != nil:
+			locks = append(locks, connect.HeldLock{Store: identityOf(s.Info()), File: f})
+		}
+	}
+	return locks, err
+}
+
 // saw notes a store that is open, unless it is not the one that has to be
 // there.
 func (o *origin) saw(info storage.Info) error {
-	id := strings.TrimSpace(info.ID + " " + info.Generation)
+	id := identityOf(info)
 	for _, known := range o.stores {
 		if known == id {
 			return nil

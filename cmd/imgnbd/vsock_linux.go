@@ -39,6 +39,41 @@ func listenVsock(port string) (*place, error) {
 	}, nil
 }
 
+// dialVsock connects to CID:PORT. The kernel gives up after two seconds.
+func dialVsock(address string) (net.Conn, error) {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return nil, err
+	}
+	var numbers [2]uint32
+	for i, s := range []string{host, port} {
+		n, err := strconv.ParseUint(s, 10, 32)
+		if err != nil {
+			return nil, err
+		}
+		numbers[i] = uint32(n)
+	}
+	fd, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("AF_VSOCK: %w", err)
+	}
+	for err = unix.EINTR; err == unix.EINTR; {
+		err = unix.Connect(fd, &unix.SockaddrVM{CID: numbers[0], Port: numbers[1]})
+	}
+	if err == nil {
+		err = unix.SetNonblock(fd, true)
+	}
+	if err != nil {
+		unix.Close(fd)
+		return nil, &unreachableError{address, err}
+	}
+	return &vsockConn{
+		File:   os.NewFile(uintptr(fd), "vsock"),
+		local:  vsockAddr{unix.VMADDR_CID_ANY, unix.VMADDR_PORT_ANY},
+		remote: vsockAddr{numbers[0], numbers[1]},
+	}, nil
+}
+
 // A vsockListener is what package net would give, if it knew the family.
 type vsockListener struct {
 	f    *os.File

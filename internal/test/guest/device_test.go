@@ -140,6 +140,7 @@ mkfs.ext4 -q /dev/nbd0p3
 mkdir m 'a mount'
 mount /dev/nbd0p3 'a mount'
 refused "/dev/nbd0p3 is mounted on $PWD/a mount" 'hint: umount' -- imgnbd -d /dev/nbd0
+imgnbd -d /dev/nbd0 2>err && fail 'detached' || [ $? = 2 ]
 imgnbd devices --output json | tee list
 grep -q '"use": "mount"' list
 umount 'a mount'

@@ -13,7 +13,8 @@ import (
 
 // Media that fail, stall and fill up under an export. Who asks for what cannot
 // be done hears of it, everybody else is served; once the medium is well again
-// so is the export. A server whose medium does not answer can be made to give up.
+// so is the export. A server whose medium does not answer can be made to give up,
+// and so can that of a device.
 func TestMedia(t *testing.T) {
 	disk := filepath.Join(t.TempDir(), "disk")
 	if err := os.WriteFile(disk, nil, 0o600); err != nil {
@@ -94,13 +95,41 @@ grep -q '^read 65536' stalled || fail "after the stall: $(cat stalled)"
 # A server whose medium does not answer gives up when it is told so twice.
 stall 1 48M
 kill $server
-eventually refused 'Failed to connect' -- look 'read 0 512'
+closed() { [[ $(look 'read 0 512') == *'Failed to connect'* ]]; }
+eventually closed
 kill -0 $server || fail 'it does not wait for the medium'
 kill $server
 eventually grep -q 'does not answer' messages
 dmsetup resume half # the kernel lets go of it only now
 eventually gone $server
 wait
+
+# Nor does the server of a device wait for ever. The device goes to whoever
+# serves it next, with all that was answered.
+modprobe nbd
+qemu-img create -q -f qcow2 empty 48M
+dd if=empty of=/dev/mapper/whole conv=fsync status=none
+head -c 4M /dev/urandom >data
+imgnbd -v -c /dev/nbd0 -f qcow2 /dev/mapper/whole 2>attached &
+server=$!
+eventually grep -q 'is now connected' attached
+sync /dev/mapper/whole
+dmsetup suspend --nolockfs whole
+dd if=data of=/dev/nbd0 bs=1M status=none
+kill $server
+eventually pgrep -f '^imgnbd --disconnect /dev/nbd0' >/dev/null
+kill -0 $server || fail 'it does not wait for the medium'
+[ -e /sys/block/nbd0/pid ] || fail 'it is detached, and not flushed'
+kill $server
+eventually grep -q 'does not answer: /dev/nbd0 stays attached' attached
+dmsetup resume whole
+eventually gone $server
+imgnbd devices | grep -q ' dead '
+imgnbd -c /dev/nbd0 -f qcow2 /dev/mapper/whole
+imgnbd -d /dev/nbd0
+qemu-img convert -f qcow2 -O raw /dev/mapper/whole have
+cmp -n 4194304 data have
+qemu-img check -q -f qcow2 /dev/mapper/whole || [ $? = 3 ] # leaks, as after a kill
 
 # A file system that is full, and has room again.
 truncate -s 24M fs
@@ -126,6 +155,6 @@ kill $server
 wait $server
 imgnbd check -q -f qcow2 m/image
 umount m
-`}, "dmsetup", "mkfs.ext4", "qemu-io")
+`}, "dmsetup", "mkfs.ext4", "qemu-io", "qemu-img", "pgrep")
 	t.Log(strings.TrimSpace(out))
 }

@@ -104,6 +104,18 @@ head -c 5M /dev/urandom >m/lost
 kill -KILL "$(server /dev/nbd0)"
 eventually sh -c "imgnbd devices | grep -q ' dead '"
 refused '/dev/nbd0 on /scratch/m: its server has ended' -- imgnbd umount m
+# It says how to lose nothing.
+md5sum m/lost >sum
+again=$(imgnbd umount m 2>&1 | sed -n 's/.*start a server again: //p')
+[ "$again" = "imgnbd -c /dev/nbd0 -f raw -P 1 $PWD/disk.raw" ] || fail "$again"
+$again
+imgnbd umount m
+freed
+imgnbd mount --rw -f raw -P 1 disk.raw m
+md5sum --quiet -c sum
+head -c 5M /dev/urandom >m/lost
+kill -KILL "$(server /dev/nbd0)"
+eventually sh -c "imgnbd devices | grep -q ' dead '"
 imgnbd umount --force m
 freed
 imgnbd mount -f raw -P 1 disk.raw m

@@ -21,6 +21,9 @@ func TestUnit(t *testing.T) {
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 cp "$(command -v imgnbd)" /usr/bin/imgnbd
 cp "$UNIT" /etc/systemd/system/
+# Systemd has nothing to say of it.
+cp "$UNIT" imgnbd@nbd7.service
+said=$(systemd-analyze verify --man=no ./imgnbd@nbd7.service 2>&1) && [ -z "$said" ] || fail "$said"
 printf '[Unit]\nDefaultDependencies=no\n' >/etc/systemd/system/only.target
 mkdir -p /etc/imgnbd m
 imgnbd create -q -f qcow2 disk.qcow2 200M
@@ -75,5 +78,5 @@ eventually absent /run/imgnbd/nbd0.json
 free /dev/nbd0
 eventually inside sh -c '! systemctl is-active -q imgnbd@nbd0'
 imgnbd check -q -f qcow2 disk.qcow2
-`}, "mkfs.ext4", "nsenter", "/lib/systemd/systemd")
+`}, "mkfs.ext4", "nsenter", "systemd-analyze", "/lib/systemd/systemd")
 }
