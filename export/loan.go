@@ -18,9 +18,9 @@ type loan struct {
 	t     transport
 	fail  func(error) // ends the connection
 	grace time.Duration
-	timer *time.Timer
 
-	mu     sync.Mutex // guards the fields below
+	mu     sync.Mutex  // guards the fields below
+	timer  *time.Timer // nil until it is needed
 	pin    image.Pin
 	using  bool      // bytes are being sent from a location
 	mark   int64     // what had been sent, in bytes, when the last of them were
@@ -36,8 +36,15 @@ var errLoan = errors.New("the client takes no replies, and space that was given 
 
 func (l *loan) init(t transport, fail func(error)) {
 	l.t, l.fail, l.grace = t, fail, loanGrace
-	l.timer = time.AfterFunc(time.Hour, l.look)
-	l.timer.Stop()
+}
+
+// lookLater has the queue looked at. l is locked.
+func (l *loan) lookLater() {
+	if l.timer == nil {
+		l.timer = time.AfterFunc(loanLook, l.look)
+	} else {
+		l.timer.Reset(loanLook)
+	}
 }
 
 // begin pins dev before bytes are sent from a location, until end and longer.
@@ -62,7 +69,7 @@ func (l *loan) end(sent bool) {
 		l.mark = l.t.sent()
 	}
 	if sent || !l.settle() {
-		l.timer.Reset(loanLook)
+		l.lookLater()
 	}
 }
 
@@ -95,7 +102,7 @@ func (l *loan) look() {
 			late = now.Sub(l.wanted) > l.grace
 		}
 		if !late {
-			l.timer.Reset(loanLook)
+			l.lookLater()
 		}
 	}
 	l.mu.Unlock()
@@ -107,7 +114,11 @@ func (l *loan) look() {
 // close releases the pin at the end of a connection, when the client has what
 // was sent, or is gone, or has had its time.
 func (l *loan) close(ctx context.Context) {
-	l.timer.Stop()
+	l.mu.Lock()
+	if l.timer != nil {
+		l.timer.Stop()
+	}
+	l.mu.Unlock()
 	for end := time.Now().Add(l.grace); !l.settled(); {
 		select {
 		case <-ctx.Done():

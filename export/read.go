@@ -96,7 +96,12 @@ func (s *session) readHere(r *request) error {
 	}
 	// Asking for extents may wait as reading may. If the first bytes can be
 	// had, what it takes to find them is at hand.
-	probe := s.line.probe[:min(n, int64(len(s.line.probe)))]
+	const enough = 512
+	if err := s.room(enough); err != nil {
+		return err
+	}
+	out := s.line.out
+	probe := out[len(out):][:min(n, enough)]
 	if s.dev.TryReadAt(probe, s.export.Offset+off) != nil {
 		return s.leave(r, off, n, false)
 	}

@@ -45,7 +45,6 @@ type line struct {
 
 	extents []image.Extent
 	runs    []run
-	probe   [512]byte
 }
 
 // errLeft is the orderly end of a connection.

@@ -57,7 +57,7 @@ type cache struct {
 	arena *arena
 	size  int64 // bytes of a slice
 	read  readSlice
-	bufs  sync.Pool // of *[sliceBytes]byte, for read
+	bufs  sync.Pool // of *[sliceBytes]byte, for read and for what a changed slice has on the store
 }
 
 // A readSlice fills b with a slice as the store has it. Unless wait is set it

@@ -234,7 +234,7 @@ func (c *changes) set(s *slice, i int, e l2Entry, b l2Bitmap) {
 		c.journal.append(rec)
 	}
 	if s.disk == nil {
-		s.disk = make([]byte, g.sliceSize())
+		s.disk = c.m.cache.bufs.Get().(*[sliceBytes]byte)[:g.sliceSize()]
 		s.dirty = make([]uint64, (len(s.ents)+63)/64)
 		for k := range s.ents {
 			binary.BigEndian.PutUint64(s.disk[k*8:], s.ents[k].Load())
@@ -343,6 +343,7 @@ func (c *changes) settleSlice(cut sliceCut, ok bool) {
 	s.batches--
 	if ok {
 		if s.ndirty == 0 && s.batches == 0 {
+			c.m.cache.bufs.Put((*[sliceBytes]byte)(s.disk[:sliceBytes]))
 			s.disk, s.dirty = nil, nil
 			c.busy.Add(-1)
 		}

@@ -42,6 +42,7 @@ func run(ctx context.Context, args []string) error {
 		c.Block, err = size(s)
 		return err
 	})
+	f.IntVar(&c.Idle, "idle", 0, "connections besides, which ask for nothing")
 	f.IntVar(&c.Reads, "reads", 1, "share of reads")
 	f.IntVar(&c.Writes, "writes", 0, "share of writes")
 	f.IntVar(&c.Flushes, "flushes", 0, "share of flushes")
