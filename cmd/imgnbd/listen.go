@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"syscall"
+	"time"
 
 	"github.com/imgnbd/imgnbd/internal/nbd"
 )
@@ -63,9 +64,64 @@ func listenUnix(path string, mode *uint64) (*place, error) {
 	if len(path) >= maxSocketPath {
 		return nil, says("UNIX socket path '%s' is too long\nPath must be less than %d bytes", path, maxSocketPath)
 	}
-	if err := removeSocket(path); err != nil {
+	// To see whose socket it is and to remove it are two steps. Without this
+	// directory's lock a server that ends could remove that of its successor.
+	dir, _ := os.Open(filepath.Dir(path)) // if it cannot be read, without
+	var l *net.UnixListener
+	var made fs.FileInfo
+	var pinned *os.File // another cannot have its number
+	err := inTurn(dir, func() (err error) {
+		if err = removeSocket(path); err != nil {
+			return err
+		}
+		if l, err = bindSocket(path, mode); err != nil {
+			return err
+		}
+		if made, err = os.Lstat(path); err == nil {
+			pinned, err = pin(path)
+		}
+		return err
+	})
+	if l == nil {
+		dir.Close()
 		return nil, err
 	}
+	return &place{
+		listeners: []net.Listener{l},
+		uri:       nbd.URI{Network: "unix", Address: path},
+		dirs:      []string{filepath.Dir(path)},
+		remove: func() {
+			inTurn(dir, func() error {
+				// By now it may be the socket of a server that came after this one.
+				if now, err := os.Lstat(path); err == nil && os.SameFile(made, now) {
+					os.Remove(path)
+				}
+				return nil
+			})
+			dir.Close()
+			pinned.Close()
+		},
+	}, err
+}
+
+// inTurn calls f while no other server makes or removes a socket in a
+// directory. Who has the lock for longer than that takes is none.
+func inTurn(dir *os.File, f func() error) error {
+	for end := time.Now().Add(time.Second); ; time.Sleep(time.Millisecond) {
+		err := syscall.Flock(int(dir.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		if err == nil {
+			defer syscall.Flock(int(dir.Fd()), syscall.LOCK_UN)
+			break
+		}
+		if err != syscall.EWOULDBLOCK && err != syscall.EINTR || time.Now().After(end) {
+			break
+		}
+	}
+	return f()
+}
+
+// bindSocket makes a socket with a mode.
+func bindSocket(path string, mode *uint64) (*net.UnixListener, error) {
 	// By the umask, since a file that is changed later was open for a moment.
 	umask := syscall.Umask(0o077)
 	hidden := umask | 0o007
@@ -79,18 +135,7 @@ func listenUnix(path string, mode *uint64) (*place, error) {
 		return nil, says("Failed to bind socket to %s: %s", path, strerror(err))
 	}
 	l.SetUnlinkOnClose(false)
-	made, err := os.Lstat(path)
-	return &place{
-		listeners: []net.Listener{l},
-		uri:       nbd.URI{Network: "unix", Address: path},
-		dirs:      []string{filepath.Dir(path)},
-		remove: func() {
-			// By now it may be the socket of a server that came after this one.
-			if now, err := os.Lstat(path); err == nil && os.SameFile(made, now) {
-				os.Remove(path)
-			}
-		},
-	}, err
+	return l, nil
 }
 
 // removeSocket makes way for a new socket. What is not a socket stays.

@@ -16,6 +16,10 @@ func selfPath() (string, error) { return "/proc/self/exe", nil }
 // selfPath is "exe".
 func setProcessName(name string) { os.WriteFile("/proc/self/comm", []byte(name), 0) }
 
+// pin opens what path names to keep it: its number is not given to anything
+// else as long as that is open.
+func pin(path string) (*os.File, error) { return os.OpenFile(path, unix.O_PATH|unix.O_NOFOLLOW, 0) }
+
 // dependent is for a process that ends with this one, and that signals from a
 // terminal do not reach.
 func dependent() *syscall.SysProcAttr {

@@ -15,6 +15,8 @@ func selfPath() (string, error) { return os.Executable() }
 
 func setProcessName(string) {}
 
+func pin(string) (*os.File, error) { return nil, nil }
+
 func dependent() *syscall.SysProcAttr { return &syscall.SysProcAttr{Setpgid: true} }
 
 func redirect(from *os.File, to int) error { return unix.Dup2(int(from.Fd()), to) }
