@@ -101,7 +101,10 @@ func waitFor(ts *testscript.TestScript, neg bool, files []string) {
 	for _, f := range files {
 		path := ts.MkAbs(f)
 		eventually(ts, func() error {
-			_, err := os.Lstat(path)
+			info, err := os.Lstat(path)
+			if !neg && err == nil && info.Mode().Type() == fs.ModeSocket {
+				return listening(path)
+			}
 			if neg && err == nil {
 				return errors.New(path + " still exists")
 			}
@@ -111,6 +114,23 @@ func waitFor(ts *testscript.TestScript, neg bool, files []string) {
 			return err
 		})
 	}
+}
+
+// listening returns an error unless somebody accepts connections at a socket,
+// which has its name a little before that.
+func listening(path string) error {
+	sockets, err := os.ReadFile("/proc/net/unix")
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(string(sockets)) {
+		const flags, name, accepts = 3, 7, "00010000"
+		f := strings.Fields(line)
+		if len(f) > name && f[flags] == accepts && (f[name] == path || f[name] == filepath.Base(path)) {
+			return nil
+		}
+	}
+	return errors.New(path + " takes no connections")
 }
 
 // signal NAME PIDFILE [stays]: sends it and waits for the process to end, or
