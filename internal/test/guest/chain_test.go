@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/imgnbd/imgnbd/internal/test/vm"
 )
@@ -158,7 +159,7 @@ func TestChain(t *testing.T) {
 
 func runChain(t *testing.T, kernel, cases string) {
 	t.Helper()
-	out := run(t, vm.Options{Kernel: kernel, Memory: 1536, Script: chain + cases},
+	out := run(t, vm.Options{Kernel: kernel, Memory: 1536, Limit: 10 * time.Minute, Script: chain + cases},
 		"sfdisk", "mkfs.ext4", "mkfs.xfs", "mkfs.vfat", "qemu-img", "qemu-nbd", "nbd-client", "pgrep", "/lib/systemd/systemd-udevd")
 	t.Logf("%d cases", strings.Count(out, "--- "))
 }
