@@ -305,7 +305,7 @@ func (c *checker) compare(how comparison) error {
 				c.res.Leaks++
 				c.report(true, "Leaked cluster %d refcount=%d reference=%d", k, stored, refs)
 			}
-			if how != compareOnly {
+			if how != compareOnly && refs > 0 { // a lie may leak all there is
 				c.refs.set(k, stored)
 			}
 		}
@@ -367,7 +367,7 @@ func reason(err error) string {
 }
 
 // stored returns the stored count of a cluster, and whether it is known. The
-// counts of what was looked at are at hand.
+// counts of what is referred to are at hand.
 func (c *checker) stored(cluster int64) (uint64, bool) {
 	g := c.g
 	no := cluster >> g.refBlockBits
@@ -376,8 +376,8 @@ func (c *checker) stored(cluster int64) (uint64, bool) {
 			return 0, false
 		}
 	}
-	if cluster < c.clusters {
-		return c.refs.get(cluster), true
+	if n := c.refs.get(cluster); n > 0 {
+		return n, true
 	}
 	block, err := c.refBlock(no)
 	if err != nil {

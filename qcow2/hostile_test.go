@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"math/rand/v2"
 	"strings"
 	"sync"
 	"syscall"
@@ -508,6 +509,23 @@ func TestTally(t *testing.T) {
 	}
 	if c.skip(0) != 4096 || c.skip(5000) != 5000 {
 		t.Error("skip")
+	}
+	// Few in a page, many, and all, in any order.
+	for _, n := range []int{10, 64, 65, 1 << pageBits} {
+		c, m, want := newTally(1<<pageBits), newRoleMap(), map[int64]uint64{}
+		for i, k := range rand.New(rand.NewPCG(1, uint64(n))).Perm(1 << pageBits)[:n] {
+			want[int64(k)] = uint64(i*5%300 + 1)
+			c.set(int64(k), want[int64(k)])
+			m.add(int64(k), role(1+i%3))
+		}
+		for k := range int64(1 << pageBits) {
+			if got := c.get(k); got != want[k] || (m.get(k) != roleNone) != (want[k] > 0) {
+				t.Fatalf("%d of them: cluster %d: %d, want %d; role %d", n, k, got, want[k], m.get(k))
+			}
+		}
+		if n == 10 && len(c.pages[0]) > 100 {
+			t.Error("few clusters take much memory")
+		}
 	}
 }
 

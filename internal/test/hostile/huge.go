@@ -19,6 +19,7 @@ func Huge() []Image {
 		bombs("bombs", 0),
 		bombs("bombs of zstd", 1),
 		farEnd(),
+		farApart(),
 	}
 }
 
@@ -58,6 +59,22 @@ func sameTables(name string, bits int, step uint64) Image {
 	at := 4 * cs
 	disk := uint64(entries) * uint64(cs*cs/8)
 	return Image{Name: name, Size: end + 2*cs + int64(entries*step), Parts: []Part{{0, small(bits, disk, entries, at)}, {at, l1}}, Slow: true}
+}
+
+// farApart refers to one cluster, of 512 bytes, in each 2 MiB of a store of
+// 128 GiB.
+func farApart() Image {
+	const bits, tables = 9, 1024
+	l1, l2 := make([]byte, tables*8), make([]byte, tables<<bits)
+	at := uint64(4 << bits)
+	for i := range uint64(tables) {
+		binary.BigEndian.PutUint64(l1[i*8:], copied|at+uint64(len(l1))+i<<bits)
+	}
+	for i := range uint64(len(l2) / 8) {
+		binary.BigEndian.PutUint64(l2[i*8:], copied|(i<<21+1<<20))
+	}
+	return Image{Name: "references that lie far apart", Size: 1 << 37,
+		Parts: []Part{{0, small(bits, tables<<(2*bits-3), tables, int64(at))}, {int64(at), append(l1, l2...)}}}
 }
 
 // oneBlock has a refcount table of 8 MiB that leads to one block all over.
