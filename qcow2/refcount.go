@@ -114,7 +114,8 @@ func (r *refcounts) lastUsed(from int64) (int64, error) {
 			if err := readZeroPadded(r.store, buf, r.position(c)); err != nil {
 				return 0, fmt.Errorf("refcount block at %#x: %w", r.table[i].host(), err)
 			}
-			for k := per - 1; k >= 0; k-- {
+			zeros := zerosBehind(buf)
+			for k := per - 1 - int64(zeros)*8>>r.g.refcountOrder; k >= 0; k-- {
 				if refcount(buf, k, r.g.refcountOrder) != 0 {
 					return max(c+k+1, from), nil
 				}
@@ -122,6 +123,15 @@ func (r *refcounts) lastUsed(from int64) (int64, error) {
 		}
 	}
 	return from, nil
+}
+
+// zerosBehind returns how many bytes at the end of b are zero, in whole words.
+func zerosBehind(b []byte) int {
+	n := len(b)
+	for n >= 8 && binary.NativeEndian.Uint64(b[n-8:]) == 0 {
+		n -= 8
+	}
+	return len(b) - n
 }
 
 // position returns the host offset of the byte that holds the count of c.

@@ -1,6 +1,10 @@
 package qcow2
 
-import "testing"
+import (
+	"testing"
+
+	"github.com/imgnbd/imgnbd/storage/storagetest"
+)
 
 // A block whose own count is in a block that is not linked durably has to
 // wait: after a power cut its link could be there and the other's not.
@@ -32,5 +36,24 @@ func TestBlocksWaitForTheirCounters(t *testing.T) {
 	r.settle(&b, true)
 	if made, err := r.makeBlock(a, i+1); !made || err != nil {
 		t.Fatalf("after that was durable: %v, %v", made, err)
+	}
+}
+
+// The last count that is not zero is found wherever it lies in its block.
+func TestLastUsed(t *testing.T) {
+	const cluster = 512
+	for order := range uint(7) {
+		g := &geometry{clusterBits: 9, clusterSize: cluster, refcountOrder: order, refBlockBits: 12 - order}
+		perBlock := int64(1) << g.refBlockBits
+		for last := int64(-1); last < perBlock; last++ {
+			b := make([]byte, 2*cluster)
+			if last >= 0 {
+				setRefcount(b[cluster:], last, order, 1)
+			}
+			r := &refcounts{store: storagetest.MemOf(b), g: g, table: []refTableEntry{cluster, 0}}
+			if got, err := r.lastUsed(0); err != nil || got != last+1 {
+				t.Fatalf("order %d, cluster %d: got %d, %v", order, last, got, err)
+			}
+		}
 	}
 }
