@@ -48,6 +48,7 @@ func TestConnectOptions(t *testing.T) {
 		"-c auto -v nbds://h?tls-certificates=/none": "Unable to access credentials /none/ca-cert.pem",
 		"-c auto -v nbds://h?tls-verify-peer=maybe":  "tls-verify-peer=maybe is neither true nor false",
 		"-c auto -v --swap nbds://h":                 "--swap and TLS exclude each other",
+		"-c /dev/nbd77":                              "/etc/nbdtab: ",
 		"-c auto":                                    "Invalid number of arguments",
 		"-d":                                         "Invalid number of arguments",
 		"-L -c auto":                                 "List mode is incompatible with per-device settings",

@@ -38,7 +38,7 @@ func (o *serveOptions) findRemote(u *ui, operands []string) (*remote, error) {
 	case len(operands) == 0:
 		client, err := readNBDTab(u, o.connect.device)
 		if err != nil {
-			return nil, err
+			return nil, hinted(err, "to attach an image, or the URI of an export, name it after the device: -c /dev/nbd0 FILE")
 		}
 		if r, err = client.remote(u, o); err != nil {
 			return nil, err
