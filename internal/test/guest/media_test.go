@@ -104,32 +104,35 @@ dmsetup resume half # the kernel lets go of it only now
 eventually gone $server
 wait
 
-# Nor does the server of a device wait for ever. The device goes to whoever
-# serves it next, with all that was answered.
+# Nor does the server of a device wait for ever, or hang when it is killed
+# meanwhile. The device goes to whoever serves it next, with all that was
+# answered.
 modprobe nbd
 qemu-img create -q -f qcow2 empty 48M
-dd if=empty of=/dev/mapper/whole conv=fsync status=none
-head -c 4M /dev/urandom >data
-imgnbd -v -c /dev/nbd0 -f qcow2 /dev/mapper/whole 2>attached &
-server=$!
-eventually grep -q 'is now connected' attached
-sync /dev/mapper/whole
-dmsetup suspend --nolockfs whole
-dd if=data of=/dev/nbd0 bs=1M status=none
-kill $server
-eventually pgrep -f '^imgnbd --disconnect /dev/nbd0' >/dev/null
-kill -0 $server || fail 'it does not wait for the medium'
-[ -e /sys/block/nbd0/pid ] || fail 'it is detached, and not flushed'
-kill $server
-eventually grep -q 'does not answer: /dev/nbd0 stays attached' attached
-dmsetup resume whole
-eventually gone $server
-imgnbd devices | grep -q ' dead '
-imgnbd -c /dev/nbd0 -f qcow2 /dev/mapper/whole
-imgnbd -d /dev/nbd0
-qemu-img convert -f qcow2 -O raw /dev/mapper/whole have
-cmp -n 4194304 data have
-qemu-img check -q -f qcow2 /dev/mapper/whole || [ $? = 3 ] # leaks, as after a kill
+for signal in TERM KILL; do
+    dd if=empty of=/dev/mapper/whole conv=fsync status=none
+    head -c 4M /dev/urandom >data
+    imgnbd -v -c /dev/nbd0 -f qcow2 /dev/mapper/whole 2>attached &
+    server=$!
+    eventually grep -q 'is now connected' attached
+    sync /dev/mapper/whole
+    dmsetup suspend --nolockfs whole
+    dd if=data of=/dev/nbd0 bs=1M status=none
+    kill $server
+    eventually pgrep -f '^imgnbd --disconnect /dev/nbd0' >/dev/null
+    kill -0 $server || fail 'it does not wait for the medium'
+    [ -e /sys/block/nbd0/pid ] || fail 'it is detached, and not flushed'
+    kill -$signal $server
+    [ $signal = KILL ] || eventually grep -q 'does not answer: /dev/nbd0 stays attached' attached
+    dmsetup resume whole
+    eventually gone $server
+    imgnbd devices | grep -q ' dead '
+    imgnbd -c /dev/nbd0 -f qcow2 /dev/mapper/whole
+    imgnbd -d /dev/nbd0
+    qemu-img convert -f qcow2 -O raw /dev/mapper/whole have
+    cmp -n 4194304 data have
+    qemu-img check -q -f qcow2 /dev/mapper/whole || [ $? = 3 ] # leaks, as after a kill
+done
 
 # A file system that is full, and has room again.
 truncate -s 24M fs
