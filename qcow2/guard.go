@@ -21,7 +21,7 @@ type tableGuard struct {
 }
 
 // maxGuardedTables bounds the L1 entries of snapshots that are read to guard
-// the L2 tables of snapshots: 8 MiB of them.
+// the L2 tables of snapshots: 8 MiB of them. Untrusted images may not have more.
 const maxGuardedTables = 1 << 20
 
 // newTableGuard returns an error if two tables lie in one cluster, since
@@ -116,7 +116,7 @@ func (w *writer) guardSnapshots(t *tableGuard, snapshots []snapshot, counts []in
 	for i := range snapshots {
 		sn := &snapshots[i]
 		if room -= int64(sn.l1Size); room < 0 {
-			break // nobody has that many but to make us read for hours
+			break // to read them could take hours
 		}
 		b := make([]byte, int64(sn.l1Size)*8)
 		if err := readZeroPadded(w.store, b, int64(sn.l1At)); err != nil {

@@ -42,10 +42,15 @@ func (h *header) checkStrict() error {
 
 // checkStrictTables is checkStrict for what the header does not tell.
 func checkStrictTables(snapshots []snapshot, bitmaps []bitmap) error {
+	tables := int64(0)
 	for _, s := range snapshots {
+		tables += int64(s.l1Size)
 		if s.l1Size > strictL1Size/8 {
 			return unsupported("The L1 table of snapshot %q has %d entries, in an untrusted image it may have %d", s.ID, s.l1Size, strictL1Size/8)
 		}
+	}
+	if tables > maxGuardedTables {
+		return unsupported("The L1 tables of all snapshots have %d entries, in an untrusted image they may have %d", tables, maxGuardedTables)
 	}
 	for i := range bitmaps {
 		if n := bitmaps[i].tableSize; n > strictBitmapTable {

@@ -47,6 +47,10 @@ func TestStrict(t *testing.T) {
 			func(x *builder) { snapshots(x, 1, strictL1Size/8) },
 			func(x *builder) { snapshots(x, 1, strictL1Size/8+1) },
 			`The L1 table of snapshot "1" has 524289 entries, in an untrusted image it may have 524288`},
+		{"L1 of all snapshots",
+			func(x *builder) { snapshots(x, 2, strictL1Size/8) },
+			func(x *builder) { snapshots(x, 3, strictL1Size/8) },
+			"The L1 tables of all snapshots have 1572864 entries, in an untrusted image they may have 1048576"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			open := func(edit func(x *builder), untrusted bool) error {
