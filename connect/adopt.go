@@ -3,7 +3,6 @@ package connect
 import (
 	"context"
 	"fmt"
-	"os"
 )
 
 // FindUntended returns a device whose data passed through a process, to this
@@ -47,6 +46,9 @@ func (p *Predecessor) Adopt(ctx context.Context, opt Options) (_ *Attachment, er
 			a.lines.close()
 		}
 	}()
+	if err := a.become(); err != nil {
+		return nil, fmt.Errorf("%s: %w", a.Path(), err)
+	}
 	if err := a.attached(conns...); err != nil {
 		return nil, fmt.Errorf("%s: %w", a.Path(), err)
 	}
@@ -60,6 +62,6 @@ func (p *Predecessor) Adopt(ctx context.Context, opt Options) (_ *Attachment, er
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
-	p.record.PID, p.record.Away = os.Getpid(), false
+	p.record.Away = false
 	return a, p.record.write()
 }

@@ -69,6 +69,11 @@ type Options struct {
 	// ended, before they fail: rounded up to seconds; 0: not at all.
 	DeadTimeout time.Duration
 
+	// Guard is told of the device before anything can be under way that needs
+	// this process. Should that end without Close, somebody who outlives it
+	// calls Release. nil: what is under way then waits for another server.
+	Guard func(Ward) error
+
 	Log *slog.Logger // what Tend has to say; nil: nowhere
 
 	// MaxPart is the parameter max_part of the module nbd, should it have to
@@ -190,6 +195,9 @@ func (h *host) attach(ctx context.Context, opt Options) (_ *Attachment, err erro
 		Backend: a.backend, PID: os.Getpid(), Image: opt.Image, Partition: opt.Partition, Server: opt.Server, Connections: len(conns),
 		Identity: opt.Identity.with(c.properties()), Direct: opt.Server != "" && !a.relays.used,
 	}); err != nil {
+		return nil, err
+	}
+	if err := a.guard(); err != nil {
 		return nil, err
 	}
 	if opt.Server != "" {
@@ -372,8 +380,10 @@ func (h *host) setRequestTimer(index int, opt *Options) error {
 		timer = 5 * time.Minute
 	}
 	return os.WriteFile(filepath.Join(h.sys, name(index), "queue/io_timeout"),
-		[]byte(strconv.FormatInt(timer.Milliseconds(), 10)), 0)
+		[]byte(milliseconds(timer)), 0)
 }
+
+func milliseconds(d time.Duration) string { return strconv.FormatInt(d.Milliseconds(), 10) }
 
 // awaitReady makes the kernel read the partition table, and waits for what it
 // finds there.

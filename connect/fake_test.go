@@ -1,6 +1,7 @@
 package connect
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/imgnbd/imgnbd/internal/nbd"
 )
@@ -198,6 +200,17 @@ func (k *fakeKernel) detachOnClose(index int, backend string) error {
 		return syscall.EINVAL
 	}
 	k.note("detach on close %d", index)
+	return nil
+}
+
+func (k *fakeKernel) setTimeout(index int, backend string, timeout, deadTimeout time.Duration) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.detached || !k.host.connected(index) || k.host.backend(index) != backend {
+		return syscall.EINVAL
+	}
+	k.note("timeout %d %v %v", index, timeout, deadTimeout)
+	k.write(name(index), "queue/io_timeout", milliseconds(cmp.Or(timeout, 30*time.Second)))
 	return nil
 }
 

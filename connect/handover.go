@@ -306,6 +306,10 @@ func (p *Predecessor) succeed(ctx context.Context, opt Options) (*Attachment, er
 	r := p.record.Record
 	p.record.PID, p.record.Image, p.record.Partition = os.Getpid(), opt.Image, opt.Partition
 	p.record.Identity = opt.Identity.with(c.properties())
+	if err := a.guard(); err != nil {
+		p.record.Record = r
+		return nil, err
+	}
 	if err := p.control.SetDeadline(time.Now().Add(handoverTime)); err != nil {
 		return nil, err
 	}

@@ -37,6 +37,10 @@ type kernel interface {
 	// ended. Connections that there is no place for are ignored in silence:
 	// their other ends see the end at once.
 	reconfigure(r *reconfiguration) error
+	// setTimeout sets both times of a config for an attached device, also for
+	// requests that are under way; backend is of its attachment, or it is
+	// refused with EINVAL.
+	setTimeout(index int, backend string, timeout, deadTimeout time.Duration) error
 	// watch looks after connections that a device has been given.
 	watch(conns []net.Conn) (lines, error)
 	// detachOnClose has the device disconnected when nobody has it open any
@@ -105,7 +109,7 @@ type reconfiguration struct {
 	index       int
 	backend     string // of its attachment, or it is refused with EINVAL
 	conns       []net.Conn
-	deadTimeout time.Duration
+	deadTimeout time.Duration // with connections only
 }
 
 // read returns what /sys says about a device or a partition of it, "" if it

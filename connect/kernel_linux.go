@@ -154,13 +154,24 @@ func (linux) connect(c *config) (int, error) {
 func (linux) reconfigure(r *reconfiguration) error {
 	e := netlink.NewAttributeEncoder()
 	e.Uint32(attrIndex, uint32(r.index))
-	e.Uint64(attrDeadTimeout, seconds(r.deadTimeout))
+	if len(r.conns) > 0 {
+		e.Uint64(attrDeadTimeout, seconds(r.deadTimeout))
+	}
 	e.String(attrBackend, r.backend)
 	release, err := addSockets(e, r.conns)
 	if err != nil {
 		return err
 	}
 	defer release()
+	return command(cmdReconfigure, e)
+}
+
+func (linux) setTimeout(index int, backend string, timeout, deadTimeout time.Duration) error {
+	e := netlink.NewAttributeEncoder()
+	e.Uint32(attrIndex, uint32(index))
+	e.Uint64(attrTimeout, seconds(timeout))
+	e.Uint64(attrDeadTimeout, seconds(deadTimeout))
+	e.String(attrBackend, backend)
 	return command(cmdReconfigure, e)
 }
 

@@ -229,6 +229,9 @@ func (p *Predecessor) TakeOver(ctx context.Context, opt Options) (*Attachment, e
 	var asking bool
 	answers := make(chan error, 1)
 	a := p.attachment(opt)
+	if err := a.become(); err != nil {
+		return nil, a.refused(err)
+	}
 	for {
 		c, err := a.connectAnew(ctx)
 		if err != nil {
@@ -244,8 +247,7 @@ func (p *Predecessor) TakeOver(ctx context.Context, opt Options) (*Attachment, e
 		select {
 		case err = <-answers:
 			if err == nil {
-				p.record.PID, p.record.Image, p.record.Partition = os.Getpid(), opt.Image, opt.Partition
-				return a, errors.Join(p.record.write(), a.listen())
+				return a, a.listen()
 			}
 			asking = false
 			if sleep(ctx, 20*time.Millisecond) != nil {
@@ -264,6 +266,19 @@ func (p *Predecessor) attachment(opt Options) *Attachment {
 	return a
 }
 
+// become makes this process the one whose device it is, from which on its own
+// guardian looks after what it may leave under way.
+func (a *Attachment) become() error {
+	a.record.PID, a.record.Image, a.record.Partition = os.Getpid(), a.opt.Image, a.opt.Partition
+	if err := a.guard(); err != nil {
+		return err
+	}
+	if err := a.record.write(); err != nil {
+		return err
+	}
+	return a.bePatient()
+}
+
 // connectAnew negotiates and hands the connections to the kernel, if what is
 // at their other ends is what was there before.
 func (a *Attachment) connectAnew(ctx context.Context) (*config, error) {
@@ -276,12 +291,16 @@ func (a *Attachment) connectAnew(ctx context.Context) (*config, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = a.attached(conns...)
+	return c, a.refused(a.attached(conns...))
+}
+
+// refused says why a device cannot be taken over.
+func (a *Attachment) refused(err error) error {
 	if errors.Is(err, ErrNotAttached) {
-		return nil, fmt.Errorf("%s was detached, and stays only until all have closed it: %w", a.Path(),
+		return fmt.Errorf("%s was detached, and stays only until all have closed it: %w", a.Path(),
 			&BusyError{a.Path(), append(a.host.holders(a.index), a.host.openers(a.index)...)})
 	}
-	return c, err
+	return err
 }
 
 // look negotiates with what there is now, and compares. The connections are

@@ -58,6 +58,9 @@ func (a *Attachment) renew(ctx context.Context, place int) error {
 			return err
 		}
 		if a.opt.DeadTimeout == 0 {
+			if err := a.endPatience(); err != nil {
+				return err
+			}
 			a.setAway(true)
 			return fmt.Errorf("%s: %w", a.Path(), ErrServerEnded)
 		}
@@ -81,6 +84,9 @@ func (a *Attachment) renew(ctx context.Context, place int) error {
 		if !failing && time.Since(began) > a.opt.DeadTimeout {
 			failing = true
 			a.opt.Log.Warn("the server has been away for too long: what is waiting fails", "device", a.Path(), "server", a.opt.Server)
+			if err := a.endPatience(); err != nil {
+				return err
+			}
 		}
 	}
 }
@@ -97,6 +103,9 @@ func (a *Attachment) replace(ctx context.Context, place int) error {
 	if !same(a.session, s) {
 		return fmt.Errorf("export '%s' is not the same: %s, and not %s", a.opt.Export, terms(s), terms(a.session))
 	}
+	if err := a.bePatient(); err != nil {
+		return err
+	}
 	if err := a.attached(conn); err != nil {
 		return err
 	}
@@ -109,7 +118,11 @@ func (a *Attachment) attached(conns ...net.Conn) error {
 	if a.host.read(a.index, name(a.index), "backend") != a.backend {
 		return ErrNotAttached
 	}
-	err := a.host.reconfigure(&reconfiguration{index: a.index, backend: a.backend, conns: conns, deadTimeout: a.opt.DeadTimeout})
+	return a.told(a.host.reconfigure(&reconfiguration{index: a.index, backend: a.backend, conns: conns, deadTimeout: a.opt.DeadTimeout}))
+}
+
+// told says what the answer to a reconfiguration means.
+func (a *Attachment) told(err error) error {
 	switch {
 	case errors.Is(err, syscall.EINVAL):
 		return ErrNotAttached

@@ -41,6 +41,9 @@ func findCommand(name string) *command {
 
 // process is the program as a process of its own.
 func process() int {
+	if pipe := asGuardian(); pipe != nil {
+		return report(guard(pipe))
+	}
 	args := os.Args
 	if len(args) == 0 {
 		args = []string{"imgnbd"}

@@ -68,6 +68,10 @@ func (s *service) runConnected() (err error) {
 	if pred != nil {
 		defer pred.Close() // of no effect if the device is ours
 	}
+	if err := s.startGuardian(); err != nil {
+		return err
+	}
+	defer s.closeGuardian()
 	a, err := s.begin(pred)
 	if a == nil || err != nil {
 		return err
@@ -140,6 +144,20 @@ func (s *service) protect() error {
 	return protectServer()
 }
 
+// startGuardian is startGuardian where the process is this program's.
+func (s *service) startGuardian() (err error) {
+	if s.u.alone {
+		s.guardian, err = startGuardian(s.u)
+	}
+	return err
+}
+
+func (s *service) closeGuardian() {
+	if s.guardian != nil {
+		s.guardian.Close()
+	}
+}
+
 // attachImage gives the kernel its connections, each to a server that is here,
 // for a new device or for one that waits.
 func (s *service) attachImage(pred *connect.Predecessor, e *export.Export) (*connect.Attachment, error) {
@@ -178,6 +196,9 @@ func (s *service) attach(pred *connect.Predecessor, opt connect.Options) (*conne
 	opt.ReadOnly, opt.BlockSize = s.opt.readOnly, c.blockSize
 	opt.Timeout, opt.DeadTimeout = c.timeout, c.deadTimeout
 	opt.Log = s.u.logger(s.opt.verbose)
+	if s.guardian != nil {
+		opt.Guard = s.guardian.watch
+	}
 	if pred != nil {
 		take := pred.TakeOver
 		if opt.Server != "" {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"math"
 	"os"
 	"runtime"
 	"strings"
@@ -28,6 +29,10 @@ func dependent() *syscall.SysProcAttr {
 
 // redirect makes descriptor to the same as from.
 func redirect(from *os.File, to int) error { return unix.Dup3(int(from.Fd()), to, 0) }
+
+// keepFromChildren has programs that are started inherit nothing but what they are
+// given. Older kernels cannot; then there is no harm in most cases.
+func keepFromChildren() { unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC) }
 
 // withSocketLabel calls f so that sockets it makes have an SELinux context.
 func withSocketLabel(label string, f func() error) error {

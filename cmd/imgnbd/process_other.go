@@ -21,6 +21,8 @@ func dependent() *syscall.SysProcAttr { return &syscall.SysProcAttr{Setpgid: tru
 
 func redirect(from *os.File, to int) error { return unix.Dup2(int(from.Fd()), to) }
 
+func keepFromChildren() {}
+
 func withSocketLabel(label string, f func() error) error {
 	if label != "" {
 		return errors.New("SELinux labels are for Linux")

@@ -225,6 +225,12 @@ func (s *service) runRemote(r *remote) (err error) {
 	if pred != nil && !s.opt.flags.Changed("connections") {
 		s.opt.connect.connections = pred.Connections()
 	}
+	if r.tls != nil || r.uri.Network == "vsock" { // this process is between the kernel and the server
+		if err := s.startGuardian(); err != nil {
+			return err
+		}
+		defer s.closeGuardian()
+	}
 	a, err := s.attach(pred, connect.Options{
 		Export: r.uri.Export,
 		NoGo:   r.noGo,

@@ -43,6 +43,7 @@ type service struct {
 	over      <-chan struct{}                  // closed when a device is nobody's; of --connect
 	report    func(*connect.Attachment) string // what is printed when it is there; nil: as usual
 	pid       io.Closer                        // the file, nil if there is none
+	guardian  *guardian                        // of the device; nil: it has none
 	home      string                           // the directory that names are relative to
 	command   *exec.Cmd                        // of --run, nil if there is none
 	stalled   bool                             // clients were cut off whose requests have not ended

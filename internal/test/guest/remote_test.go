@@ -143,7 +143,23 @@ remote nbdkit
 func TestRemoteOlder(t *testing.T) {
 	run(t, vm.Options{Kernel: "6.1", Env: pkiEnv(t), Script: remote + `
 remote nbdkit
-`}, "sfdisk", "mkfs.ext4", "nbdkit")
+serve nbdkit
+imgnbd -c /dev/nbd0 --dead-timeout=1 "$uri"
+eventually guardians 1
+pid=$(server /dev/nbd0)
+kill -STOP $pid
+dd if=/dev/zero of=/dev/nbd0 bs=4k count=1 oflag=direct 2>err &
+waiting=$!
+eventually grep -q '[1-9]$' /sys/block/nbd0/inflight
+kill -KILL $pid
+eventually gone $waiting
+grep -q 'Input/output error' err
+eventually guardians 0
+imgnbd -c /dev/nbd0 "$uri"
+imgnbd -d /dev/nbd0
+eventually guardians 0
+stop
+`}, "sfdisk", "mkfs.ext4", "nbdkit", "pgrep")
 }
 
 // The server goes away for longer, comes back as another, and what tends the
@@ -172,8 +188,14 @@ imgnbd -d --force /dev/nbd0
 free /dev/nbd0
 serve imgnbd
 imgnbd -c /dev/nbd0 --dead-timeout=2 "$uri"
+kill -STOP $serving
+write 2>under-way & # is sent, and not answered
+waiting=$!
+eventually grep -q '[1-9]$' /sys/block/nbd0/inflight
 stop
 eventually state away
+eventually gone $waiting
+grep -q 'Input/output error' under-way
 if write 2>err; then fail 'a write that nobody took'; fi
 grep -q 'Input/output error' err
 
@@ -187,7 +209,11 @@ stop
 mv right disk.raw
 serve imgnbd
 eventually state live
-write
+kill -STOP $serving
+write &
+sleep 3 # it may be slow
+kill -CONT $serving
+wait $!
 same
 
 # A signal: what nobody has flushed is written.

@@ -259,6 +259,70 @@ free /dev/nbd0
 	}
 }
 
+// What the server had read, or its socket held, and nobody has answered when it
+// dies waits no longer than all the rest.
+func TestUnanswered(t *testing.T) {
+	for _, kernel := range kernels("6.12") {
+		t.Run(kernel, func(t *testing.T) {
+			run(t, vm.Options{Kernel: kernel, Script: `
+write() { dd if=/dev/zero of=/dev/nbd0 bs=4k seek=$1 count=1 oflag=direct; }
+sent() { [[ $(cat /sys/block/nbd0/inflight) =~ ^\ *0\ *$1$ ]]; }
+blocked() { [ "$(sed 's/.*) //' /proc/$1/stat | cut -c1)" = D ]; }
+# die WHAT: with requests under way, which fail.
+die() {
+    local pid i waiting=()
+    pid=$(server /dev/nbd0)
+    kill -STOP $pid
+    if [ $1 = flush ]; then
+        sync /dev/nbd0 2>told.1 &
+        waiting=($!)
+        eventually blocked $!
+    else
+        for i in 1 2 3; do
+            write $((100 * i)) 2>told.$i &
+            waiting+=($!)
+        done
+        eventually sent 3
+    fi
+    kill -KILL $pid
+    eventually gone $pid
+    for i in "${!waiting[@]}"; do
+        eventually gone ${waiting[i]}
+        if wait ${waiting[i]}; then fail "a $1 that nobody took"; fi
+        grep -q 'Input/output error' told.$((i + 1)) || fail "$(cat told.$((i + 1)))"
+    done
+}
+truncate -s 64M disk.raw
+for timeout in 0 1; do
+    for what in write flush; do
+        imgnbd -c /dev/nbd0 -f raw --dead-timeout=$timeout disk.raw
+        eventually guardians 1
+        die $what
+        eventually guardians 0
+        # It is not too late for a server, and this one may be slow.
+        imgnbd -c /dev/nbd0 -f raw --dead-timeout=$timeout disk.raw
+        pid=$(server /dev/nbd0)
+        kill -STOP $pid
+        write 0 2>told &
+        sleep 3
+        kill -CONT $pid
+        wait $! || fail "a slow request: $(cat told)"
+        imgnbd -d /dev/nbd0
+        eventually guardians 0
+        free /dev/nbd0
+    done
+    for what in write flush; do
+        imgnbd -c /dev/nbd0 -f raw --connections=3 --dead-timeout=$timeout disk.raw
+        die $what
+        eventually guardians 0
+        free /dev/nbd0
+    done
+done
+`}, "pgrep")
+		})
+	}
+}
+
 // A server is replaced by another while its device is written to: no request
 // waits for a timer, and nobody sees an error. What the successor cannot take
 // stays where it is.
@@ -316,6 +380,7 @@ for i in 1 2 3; do
     new=$(server /dev/nbd0)
     [ $new != $old ] && [ "$(cat pid)" = $new ] || fail "$old, $new, $(cat pid)"
     eventually gone $old
+    eventually guardians 1
     [ $i != 1 ] || wait $first || fail "the first ends with $?: $(cat log)"
     if [ $i = 2 ]; then # it fails late, and the old server goes on
         imgnbd -c /dev/nbd1 -f raw other.qcow2
@@ -340,6 +405,7 @@ mount /dev/nbd0 m
 verify m
 umount m
 imgnbd -d /dev/nbd0
+eventually guardians 0
 free /dev/nbd0
 }
 for n in $CONNECTIONS; do replace $n; done

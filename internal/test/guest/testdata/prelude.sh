@@ -49,6 +49,9 @@ free() {
     nodes "$1"
 }
 
+# guardians N: so many servers have one.
+guardians() { [ "$(pgrep -cx nbd-guardian || true)" = "$1" ]; }
+
 server() { sed -E 's/.*"pid":([0-9]+).*/\1/' "/run/imgnbd/${1##*/}.json"; }
 
 # fill DIR KIND: files with checksums.
