@@ -53,6 +53,7 @@ func TestConnectOptions(t *testing.T) {
 		"-d":                                         "Invalid number of arguments",
 		"-L -c auto":                                 "List mode is incompatible with per-device settings",
 		"-d /nonexistent":                            "Cannot open /nonexistent: No such file or directory",
+		"-d nbd99":                                   "Cannot open /dev/nbd99: No such file or directory",
 		"-d /dev/null":                               "/dev/null is not the name of a device",
 	} {
 		o := ours(append([]string{"imgnbd"}, strings.Fields(args)...)...)

@@ -24,6 +24,9 @@ const inUse = 2
 
 // disconnectDevice is the bare command with --disconnect.
 func (o *serveOptions) disconnectDevice(u *ui, device string) error {
+	if strings.HasPrefix(device, "nbd") && !u.compat() { // as nbdtab and --connect without an image name it
+		device = "/dev/" + device
+	}
 	if _, err := os.Stat(device); err != nil {
 		return says("Cannot open %s: %s", device, strerror(err))
 	}
