@@ -103,7 +103,7 @@ nightly: lint test ## everything, in its long form
 	$(MAKE) race SHORT=
 	IMGNBD_GUESTS=full $(GO) test ./internal/test/guest -run 'TestTakeover|TestDeadTimeout|TestReplace|TestChain|TestMountJournal|TestLogWrites' -count=1 -timeout 6h
 	IMGNBD_CRASH=100 $(GO) test ./qcow2 -run 'TestCrash$$|TestCrashAfterFaults|PowerCut|TestHostileImages' -count=1 -v -timeout 6h
-	IMGNBD_CRASH=100 $(GO) test ./internal/test/program -run TestHostile -count=1
+	IMGNBD_CRASH=100 $(GO) test ./internal/test/program -run TestHostile -count=1 -timeout 2h
 	$(MAKE) fuzz FUZZTIME=10m
 	$(MAKE) bench BENCH=-full
 
