@@ -64,7 +64,15 @@ func TestNoContention(t *testing.T) {
 				}
 				wg.Wait()
 			}
-			for _, wait := range waits(procs, read) {
+			// A lock on the path is met each time, one that the runtime takes for
+			// itself now and then is not.
+			found := waits(procs, read)
+			for range 2 {
+				if len(found) > 0 {
+					found = waits(procs, read)
+				}
+			}
+			for _, wait := range found {
 				t.Errorf("%s, GOMAXPROCS=%d: %s", name, procs, wait)
 			}
 			for _, p := range conns {
