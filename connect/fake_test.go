@@ -32,8 +32,8 @@ type fakeKernel struct {
 	going      int    // connects that fail because a device is being destroyed
 	transients int    // connects that fail because somebody looks at the device
 	scanErrs   []error
-	deaf       int // reconfigurations that are ignored, since no connection has ended
-	readErrs   []error
+	deaf       int  // reconfigurations that are ignored, since no connection has ended
+	places     int  // connections that a reconfiguration replaces; 0: all
 	detached   bool // reconfigurations are refused: it stays only because it is open
 
 	unmounted, released func() // what follows that, unless nil
@@ -163,17 +163,22 @@ func (k *fakeKernel) reconfigure(r *reconfiguration) error {
 
 func (k *fakeKernel) readBlock(path string, n int) error {
 	k.mu.Lock()
-	var err error
-	if len(k.readErrs) > 0 {
-		err = k.readErrs[0]
-		k.readErrs = k.readErrs[1:]
-	}
 	k.note("read %d of %s", n, path)
 	k.mu.Unlock()
-	if err == nil {
-		<-k.taken
+	<-k.taken
+	return nil
+}
+
+func (k *fakeKernel) kept(conns []net.Conn) (int, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.reconf == nil || len(conns) == 0 || k.reconf.conns[0] != conns[0] {
+		return 0, nil
 	}
-	return err
+	if k.places > 0 {
+		return min(len(conns), k.places), nil
+	}
+	return len(conns), nil
 }
 
 // fakeLines are the places of connections that have ended.

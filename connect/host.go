@@ -41,6 +41,8 @@ type kernel interface {
 	// requests that are under way; backend is of its attachment, or it is
 	// refused with EINVAL.
 	setTimeout(index int, backend string, timeout, deadTimeout time.Duration) error
+	// kept returns how many ends of socket pairs, closed here, the kernel has kept.
+	kept(conns []net.Conn) (int, error)
 	// watch looks after connections that a device has been given.
 	watch(conns []net.Conn) (lines, error)
 	// detachOnClose has the device disconnected when nobody has it open any

@@ -19,7 +19,7 @@ type relays struct {
 // over, but for an error.
 func (r *relays) socket(conn net.Conn) (net.Conn, error) {
 	switch conn.(type) {
-	case *net.TCPConn, *net.UnixConn:
+	case *net.TCPConn, *net.UnixConn, *kernelEnd:
 		return conn, nil
 	}
 	ours, theirs, err := SocketPair()
@@ -45,8 +45,15 @@ func relay(a, b net.Conn) {
 	back.Wait()
 }
 
-// SocketPair returns the two ends of a connection that nobody else can reach.
-func SocketPair() (a, b net.Conn, err error) {
+// A kernelEnd is the end of a connection that the kernel is to have.
+type kernelEnd struct {
+	*net.UnixConn
+	other *net.UnixConn
+}
+
+// SocketPair returns the two ends of a connection that nobody else can reach:
+// ours, and the one for the kernel.
+func SocketPair() (ours, kernels net.Conn, err error) {
 	syscall.ForkLock.RLock()
 	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
 	if err == nil {
@@ -57,14 +64,15 @@ func SocketPair() (a, b net.Conn, err error) {
 	if err != nil {
 		return nil, nil, os.NewSyscallError("socketpair", err)
 	}
-	var ends [2]net.Conn
+	var ends [2]*net.UnixConn
 	for i, fd := range fds {
 		f := os.NewFile(uintptr(fd), "socketpair")
-		var e error
-		if ends[i], e = net.FileConn(f); e != nil {
+		c, e := net.FileConn(f)
+		if f.Close(); e != nil {
 			err = e
+			continue
 		}
-		f.Close()
+		ends[i] = c.(*net.UnixConn)
 	}
 	if err != nil {
 		for _, c := range ends {
@@ -74,5 +82,5 @@ func SocketPair() (a, b net.Conn, err error) {
 		}
 		return nil, nil, err
 	}
-	return ends[0], ends[1], nil
+	return ends[0], &kernelEnd{ends[1], ends[0]}, nil
 }

@@ -208,9 +208,9 @@ func (p *Predecessor) GiveUp(why string) error {
 }
 
 // TakeOver gives the device new connections, as many as it had. It returns
-// when the device answers by them: what waits in the kernel goes on. The
-// Predecessor is the Attachment's then; on an error it is still held, and the
-// device goes on waiting.
+// when the kernel has taken them: what waits there goes on. opt.Dial returns ends
+// of a SocketPair. The Predecessor is the Attachment's then; on an error it is
+// still held, and the device goes on waiting.
 func (p *Predecessor) TakeOver(ctx context.Context, opt Options) (*Attachment, error) {
 	if opt.Connections != p.record.Connections {
 		return nil, fmt.Errorf("%s had %d connections, not %d", p.Path(), p.record.Connections, opt.Connections)
@@ -224,40 +224,28 @@ func (p *Predecessor) TakeOver(ctx context.Context, opt Options) (*Attachment, e
 	if p.lives {
 		return p.succeed(ctx, opt)
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("%s does not answer, after %v", p.Path(), patience))
+	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("%s has taken no connection, after %v", p.Path(), patience))
 	defer cancel()
-	var asking bool
-	answers := make(chan error, 1)
 	a := p.attachment(opt)
 	if err := a.become(); err != nil {
 		return nil, a.refused(err)
 	}
-	for {
-		c, err := a.connectAnew(ctx)
+	// A socket for which the kernel has no place yet, because it has not seen
+	// the end of the old one, is ignored in silence. To send too many does no
+	// harm. Nothing is read from the device to find out: if this process died
+	// while that waits for it, its sockets would stay.
+	for taken := 0; taken < opt.Connections; {
+		n, err := a.connectAnew(ctx)
 		if err != nil {
 			return nil, err
 		}
-		// A socket for which the kernel has no place yet, because it has not
-		// seen the end of the old one, is ignored in silence. Only an answer
-		// says that one was taken. To have sent too many does no harm.
-		if !asking {
-			asking = true
-			go func() { answers <- p.host.readBlock(p.Path(), int(c.blockSize)) }()
-		}
-		select {
-		case err = <-answers:
-			if err == nil {
-				return a, a.listen()
+		if taken += n; taken < opt.Connections {
+			if err := sleep(ctx, 20*time.Millisecond); err != nil {
+				return nil, err
 			}
-			asking = false
-			if sleep(ctx, 20*time.Millisecond) != nil {
-				return nil, fmt.Errorf("%w: %w", context.Cause(ctx), err)
-			}
-		case <-time.After(250 * time.Millisecond):
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
 		}
 	}
+	return a, a.listen()
 }
 
 func (p *Predecessor) attachment(opt Options) *Attachment {
@@ -280,18 +268,19 @@ func (a *Attachment) become() error {
 }
 
 // connectAnew negotiates and hands the connections to the kernel, if what is
-// at their other ends is what was there before.
-func (a *Attachment) connectAnew(ctx context.Context) (*config, error) {
-	c, conns, err := a.look(ctx)
-	defer func() {
-		for _, conn := range conns {
-			conn.Close()
-		}
-	}()
-	if err != nil {
-		return nil, err
+// at their other ends is what was there before. It returns how many were taken.
+func (a *Attachment) connectAnew(ctx context.Context) (int, error) {
+	_, conns, err := a.look(ctx)
+	if err == nil {
+		err = a.refused(a.attached(conns...))
 	}
-	return c, a.refused(a.attached(conns...))
+	for _, conn := range conns {
+		conn.Close()
+	}
+	if err != nil {
+		return 0, err
+	}
+	return a.host.kept(conns)
 }
 
 // refused says why a device cannot be taken over.

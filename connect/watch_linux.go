@@ -95,6 +95,41 @@ func (p poller) wait(ctx context.Context) ([]int, error) {
 	}
 }
 
+// kept looks at the other ends, which the kernel's dropping them has hung up
+// before its answer came.
+func (linux) kept(conns []net.Conn) (kept int, err error) {
+	for _, conn := range conns {
+		end, ok := conn.(*kernelEnd)
+		if !ok {
+			return kept, fmt.Errorf("%T is not an end of a socket pair", conn)
+		}
+		other, err := end.other.SyscallConn()
+		if err != nil {
+			return kept, err
+		}
+		p := []unix.PollFd{{}}
+		var pollErr error
+		err = other.Control(func(fd uintptr) {
+			p[0].Fd = int32(fd)
+			for {
+				if _, pollErr = unix.Poll(p, 0); pollErr != unix.EINTR {
+					return
+				}
+			}
+		})
+		switch {
+		case errors.Is(err, net.ErrClosed): // who serves it has seen the end
+		case err != nil:
+			return kept, err
+		case pollErr != nil:
+			return kept, fmt.Errorf("poll: %w", pollErr)
+		case p[0].Revents&(unix.POLLHUP|unix.POLLERR) == 0:
+			kept++
+		}
+	}
+	return kept, nil
+}
+
 func (p poller) close() {
 	for i := range p {
 		if p[i].Fd >= 0 {

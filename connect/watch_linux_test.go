@@ -3,6 +3,7 @@ package connect
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"slices"
 	"syscall"
@@ -82,4 +83,35 @@ func TestWatch(t *testing.T) {
 	if _, err := w.wait(ctx); !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
+}
+
+// An end that somebody else has, too, is kept; one that nobody has is not.
+func TestKept(t *testing.T) {
+	var conns []net.Conn
+	var others []net.Conn
+	var holds []io.Closer
+	for range 4 {
+		ours, kernels, err := SocketPair()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ours.Close()
+		hold, err := kernels.(*kernelEnd).File()
+		if err != nil {
+			t.Fatal(err)
+		}
+		conns, others, holds = append(conns, kernels), append(others, ours), append(holds, hold)
+		kernels.Close()
+	}
+	for i, want := range []int{4, 3, 2} {
+		if got, err := (linux{}).kept(conns); got != want || err != nil {
+			t.Errorf("%d, %v are kept, not %d", got, err, want)
+		}
+		holds[i].Close()
+	}
+	others[3].Close() // by who served it
+	if got, err := (linux{}).kept(conns); got != 0 || err != nil {
+		t.Errorf("%d, %v are kept, and the end of all was seen", got, err)
+	}
+	holds[3].Close()
 }
