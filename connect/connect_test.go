@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -376,6 +377,37 @@ func TestForeignRecord(t *testing.T) {
 	}
 	k.file("run/nbd2.json", `garbage`)
 	if diff := cmp.Diff(want, h.devices()); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// A server that hangs is not waited for by force, unless it answers something
+// now and then.
+func TestDetachHung(t *testing.T) {
+	h, k := newFake(t)
+	a := attach(t, h, to("/dev/nbd0", disk))
+	k.write("nbd0", "stat", "1 0 8 5 7 0 8 5 1 20 20 0 0 0 0 3 1")
+	synctest.Test(t, func(t *testing.T) {
+		began, given := time.Now(), make(chan struct{})
+		k.syncing = func() error {
+			time.Sleep(hung / 2)
+			k.write("nbd0", "stat", "1 0 8 5 7 0 8 5 1 99 99 0 0 0 0 4 1")
+			<-given
+			return syscall.EIO
+		}
+		k.killed = func() {
+			a.record.f.Close()
+			close(given)
+		}
+		if err := a.Detach(t.Context(), true); err != nil {
+			t.Error(err)
+		}
+		if took := time.Since(began); took != 2*hung {
+			t.Errorf("after %v", took)
+		}
+	})
+	want := []string{"connect 0", "scan 0", "claim /dev/nbd0", "sync /dev/nbd0", fmt.Sprint("kill ", os.Getpid()), "disconnect 0", "release /dev/nbd0"}
+	if diff := cmp.Diff(want, k.logged()); diff != "" {
 		t.Error(diff)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"syscall"
 	"time"
@@ -15,7 +16,8 @@ import (
 //
 // A device that is mounted or claimed otherwise is left alone, with a
 // *BusyError. With force it is detached all the same, after its file systems
-// have been flushed; what is written to them later is lost.
+// have been flushed; what is written to them later is lost. A server that
+// answers nothing is killed then, if it is one of this module's.
 func Detach(ctx context.Context, path string, force bool) error {
 	h, err := newHost()
 	if err != nil {
@@ -31,16 +33,88 @@ func Detach(ctx context.Context, path string, force bool) error {
 	return h.detachAndWait(ctx, index, force)
 }
 
+// hung is how long a server answers nothing before it is not waited for, by
+// force.
+const hung = 30 * time.Second
+
 func (h *host) detachAndWait(ctx context.Context, index int, force bool) error {
 	s := h.server(index)
 	if err := h.detach(ctx, index, force); err != nil {
 		s.close()
 		return err
 	}
+	if force {
+		var cancel func()
+		ctx, cancel = context.WithTimeoutCause(ctx, hung, fmt.Errorf("still not after %v", hung))
+		defer cancel()
+	}
 	return s.wait(ctx)
 }
 
 func (h *host) detach(ctx context.Context, index int, force bool) error {
+	done := make(chan flushed, 1)
+	go func() {
+		held, err := h.flush(ctx, index, force)
+		done <- flushed{held, err}
+	}()
+	f, waits := h.awaitFlush(index, done, force)
+	if f.err != nil {
+		return f.err
+	}
+	if waits {
+		if err := h.endServer(ctx, index); err != nil {
+			return err
+		}
+	}
+	err := h.disconnect(index)
+	if waits && err == nil {
+		f = <-done // which fails now
+	}
+	if f.held != nil {
+		f.held.Close()
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", h.path(index), err)
+	}
+	return h.awaitFree(ctx, index)
+}
+
+// endServer kills a server that hangs, if it is one of this module's. The kernel
+// may be waiting to send it more, and until that ends would keep whoever
+// disconnects the device, and with him all who use generic netlink.
+func (h *host) endServer(ctx context.Context, index int) error {
+	s := h.server(index)
+	defer s.close()
+	if !s.known() || s.Direct {
+		return nil
+	}
+	p, err := os.FindProcess(s.PID)
+	if err != nil {
+		return err
+	}
+	defer p.Release()
+	if s.alive() { // so that p is the server
+		if err := h.kill(p); err != nil && !errors.Is(err, os.ErrProcessDone) {
+			return fmt.Errorf("process %d does not answer: %w", s.PID, err)
+		}
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, hung, errors.New("it was killed, and has not ended: its medium does not answer"))
+	defer cancel()
+	if err := lock(ctx, s.f, syscall.LOCK_SH); err != nil {
+		return fmt.Errorf("%s stays attached, process %d does not answer: %w", h.path(index), s.PID, err)
+	}
+	return nil
+}
+
+// flushed is the outcome of a flush.
+type flushed struct {
+	held block
+	err  error
+}
+
+// flush claims a device and writes back what is cached of it. While the block is
+// held nobody can mount the device.
+func (h *host) flush(ctx context.Context, index int, force bool) (block, error) {
 	abandoned := h.abandoned(index, force)
 	held, err := h.claim(ctx, index)
 	if busy := (*BusyError)(nil); errors.As(err, &busy) && force {
@@ -49,23 +123,34 @@ func (h *host) detach(ctx context.Context, index int, force bool) error {
 		}
 		held, err = h.open(h.path(index), false)
 	}
-	if err != nil {
-		return err
+	if err != nil || abandoned {
+		return held, err
 	}
-	// While it is held nobody can mount it. Each partition has a page cache of
-	// its own.
-	if !abandoned {
-		if err := h.syncAll(index, held); err != nil && !force {
-			held.Close()
-			return err
+	// Each partition has a page cache of its own.
+	if err := h.syncAll(index, held); err != nil && !force {
+		held.Close()
+		return nil, err
+	}
+	return held, nil
+}
+
+// awaitFlush waits for a flush, by force only as long as requests are answered.
+func (h *host) awaitFlush(index int, done <-chan flushed, force bool) (f flushed, waits bool) {
+	if !force {
+		return <-done, false
+	}
+	for answered := h.answered(index); ; {
+		select {
+		case f := <-done:
+			return f, false
+		case <-time.After(hung):
 		}
+		now := h.answered(index)
+		if now == answered {
+			return flushed{}, true
+		}
+		answered = now
 	}
-	err = h.disconnect(index)
-	held.Close()
-	if err != nil {
-		return fmt.Errorf("%s: %w", h.path(index), err)
-	}
-	return h.awaitFree(ctx, index)
 }
 
 // abandoned reports whether there is nobody who could take what is flushed. By

@@ -37,6 +37,8 @@ type fakeKernel struct {
 	detached   bool // reconfigurations are refused: it stays only because it is open
 
 	unmounted, released func() // what follows that, unless nil
+	syncing             func() error
+	killed              func()
 
 	mu     sync.Mutex
 	config *config          // of the last connect
@@ -169,6 +171,14 @@ func (k *fakeKernel) readBlock(path string, n int) error {
 	return nil
 }
 
+func (k *fakeKernel) kill(p *os.Process) error {
+	k.note("kill %d", p.Pid)
+	if k.killed != nil {
+		k.killed()
+	}
+	return nil
+}
+
 func (k *fakeKernel) kept(conns []net.Conn) (int, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -274,6 +284,9 @@ type fakeBlock struct {
 
 func (b *fakeBlock) sync() error {
 	b.k.note("sync %s", b.path)
+	if b.k.syncing != nil {
+		return b.k.syncing()
+	}
 	return nil
 }
 

@@ -41,6 +41,8 @@ type kernel interface {
 	// requests that are under way; backend is of its attachment, or it is
 	// refused with EINVAL.
 	setTimeout(index int, backend string, timeout, deadTimeout time.Duration) error
+	// kill ends a process at once.
+	kill(p *os.Process) error
 	// kept returns how many ends of socket pairs, closed here, the kernel has kept.
 	kept(conns []net.Conn) (int, error)
 	// watch looks after connections that a device has been given.
@@ -135,6 +137,13 @@ func (h *host) bytes(index int, dev, attribute string) uint64 {
 }
 
 func (h *host) size(index int) uint64 { return h.bytes(index, name(index), "size") }
+
+// answered returns what changes when a request to a device is: how many reads,
+// writes, discards and flushes there were, see the kernel's block/stat.rst.
+func (h *host) answered(index int) string {
+	f := append(strings.Fields(h.read(index, name(index), "stat")), make([]string, 16)...)
+	return strings.Join([]string{f[0], f[4], f[11], f[15]}, " ")
+}
 
 // connected reports whether the kernel has a configuration for the device: it
 // is attached, or was and somebody still has it open.

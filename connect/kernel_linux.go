@@ -285,6 +285,8 @@ func (f blockFile) rescan() error {
 	return err
 }
 
+func (linux) kill(p *os.Process) error { return p.Kill() }
+
 func (linux) readBlock(path string, n int) error {
 	// Aligned as its memory has to be.
 	b, err := unix.Mmap(-1, 0, max(n, os.Getpagesize()), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)

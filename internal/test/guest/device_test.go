@@ -284,6 +284,29 @@ done
 	}
 }
 
+// A server that hangs holds up who uses its device, until that is detached by
+// force. Nobody who hangs is left.
+func TestHungServer(t *testing.T) {
+	run(t, vm.Options{Kernel: "6.12", Script: `
+truncate -s 64M disk.raw
+imgnbd -c /dev/nbd0 -f raw disk.raw
+pid=$(server /dev/nbd0)
+mkfs.ext4 -q -F /dev/nbd0
+mkdir m
+mount /dev/nbd0 m
+head -c 8M /dev/urandom >m/dirty
+sync m/dirty
+# What is sent fills the socket.
+(while dd if=/dev/zero of=m/dirty bs=4M count=2 oflag=direct conv=notrunc 2>/dev/null; do :; done; exit 1) &
+kill -STOP $pid
+refused 'stays until all have closed it' "mounted on $PWD/m" -- imgnbd -d --force /dev/nbd0
+! wait $! || fail 'a write that nobody took'
+eventually gone $pid
+umount m
+absent /sys/block/nbd0/pid || fail 'it is attached'
+`}, "mkfs.ext4")
+}
+
 // Devices that others have attached are listed and detached, and others
 // detach ours.
 func TestOthers(t *testing.T) {
