@@ -114,6 +114,9 @@ func (a *Attachment) Ours() bool { return a.host.backend(a.index) == a.backend }
 // Holders returns who uses the device, as far as that can be seen.
 func (a *Attachment) Holders() []Holder { return a.host.holders(a.index) }
 
+// Answered returns what changes when a request to the device is.
+func (a *Attachment) Answered() string { return a.host.answered(a.index) }
+
 // Detach flushes the device and takes it from the kernel, as the function
 // Detach does. The servers of its connections see an orderly end. If somebody
 // else has detached it, there is nothing to do.

@@ -67,8 +67,9 @@ func isBusy(err error) bool {
 }
 
 // detach takes the device from the kernel. While it is mounted or held
-// otherwise it goes on being served; a second signal ends that. What cannot be
-// flushed is told, and lost.
+// otherwise it goes on being served, whatever signals come: who stops services,
+// systemd for one, sends more of them when it has waited for a while. What cannot
+// be flushed is told, and lost.
 func (s *service) detach(a *connect.Attachment) error {
 	var failed error
 	for force, told := false, false; ; {
@@ -82,15 +83,13 @@ func (s *service) detach(a *connect.Attachment) error {
 			continue
 		case !told:
 			told = true
-			s.u.message(e.err.Error() + ": it is detached as soon as it is free, or by another signal")
+			s.u.message(e.err.Error() + ": it is detached as soon as it is free, or by imgnbd --disconnect --force " + a.Path())
 		}
-		force = s.hurried.Load()
-		for used := true; used && !force; used = len(a.Holders()) > 0 {
+		for used := true; used; used = len(a.Holders()) > 0 {
 			select {
 			case <-s.over: // somebody has detached it
 				return nil
 			case <-s.signals:
-				force = true
 			case <-time.After(200 * time.Millisecond):
 			}
 		}
@@ -132,6 +131,7 @@ func (s *service) runDetacher(a *connect.Attachment, force bool) error {
 		ended <- err
 	}()
 	var late <-chan time.Time
+	var answered string // when late was set
 	for {
 		select {
 		case err := <-ended:
@@ -141,8 +141,12 @@ func (s *service) runDetacher(a *connect.Attachment, force bool) error {
 			return nil
 		case <-s.signals:
 			s.hurried.Store(true)
-			late = time.After(closeTime)
+			late, answered = time.After(closeTime), a.Answered()
 		case <-late:
+			if now := a.Answered(); now != answered { // it takes long, that is all
+				late, answered = time.After(closeTime), now
+				continue
+			}
 			cmd.Process.Kill() // it may have to wait for whoever serves the device next
 			err := fmt.Errorf("%s does not answer: %s stays attached", s.file, a.Path())
 			advice := "what is not flushed is given up with imgnbd --disconnect --force " + a.Path()

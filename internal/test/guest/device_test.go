@@ -205,13 +205,21 @@ done
 
 # While it is mounted it goes on being served.
 mkfs.ext4 -q disk.raw
-imgnbd -c /dev/nbd0 -f raw disk.raw
+imgnbd -v -c /dev/nbd0 -f raw disk.raw 2>log &
+eventually grep -q 'is now connected' log
 pid=$(server /dev/nbd0)
 [ "$(cat /proc/$pid/comm)" = imgnbd ]
 mkdir m
 mount /dev/nbd0 m
+waits() { grep -q 'is detached as soon as it is free' log; }
 kill $pid
-sleep 1
+eventually waits
+for again in 1 2 3; do
+    kill $pid
+    fill m
+    sync -f m
+    rm -r m/*
+done
 fill m
 sync -f m
 umount m
