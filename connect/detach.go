@@ -43,11 +43,6 @@ func (h *host) detachAndWait(ctx context.Context, index int, force bool) error {
 		s.close()
 		return err
 	}
-	if force {
-		var cancel func()
-		ctx, cancel = context.WithTimeoutCause(ctx, hung, fmt.Errorf("still not after %v", hung))
-		defer cancel()
-	}
 	return s.wait(ctx)
 }
 
