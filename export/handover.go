@@ -66,8 +66,7 @@ func (s *Server) Resume(h Handed, e *Export) error {
 	n := negotiation{exporter: ses}
 	ses.resumed = &agreement{name: e.Name, export: e, size: e.size(), flags: n.flags(e, false)}
 	ses.line.early = h.Input
-	ses.state(StateNew)
-	go func() { ses.ended(ses.serve()) }()
+	go ses.run(func(error) {})
 	return nil
 }
 

@@ -173,7 +173,7 @@ func (s *Server) Serve(l net.Listener) error {
 			conn.Close()
 			return err
 		}
-		go ses.run()
+		go ses.run(func(error) {})
 	}
 }
 
@@ -196,7 +196,9 @@ func (s *Server) ServeConn(conn net.Conn) error {
 		conn.Close()
 		return err
 	}
-	return ses.run()
+	ended := make(chan error, 1)
+	ses.run(func(err error) { ended <- err })
+	return <-ended
 }
 
 // Shutdown ends the server in good order: it stops accepting, stops reading

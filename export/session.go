@@ -17,7 +17,7 @@ import (
 )
 
 // A session is one connection, from accepting to closing. Its methods are
-// called by the goroutine in run, but for stop, cut, perform and flushed.
+// called by one goroutine at a time, but for stop, cut, perform and flushed.
 type session struct {
 	srv     *Server
 	client  *Client
@@ -59,10 +59,16 @@ func (s *session) cut() {
 	s.conn.Close()
 }
 
-// run serves the connection to its end.
-func (s *session) run() error {
+// run has the connection served, and then called with what ended it. After the
+// handshake it is another goroutine that serves: to wait for requests, as most
+// connections do, it needs half of the stack that the handshake leaves.
+func (s *session) run(then func(error)) {
 	s.state(StateNew)
-	return s.ended(s.serve())
+	if err := s.begin(); s.agreement == nil {
+		then(s.ended(err))
+		return
+	}
+	go func() { then(s.ended(s.serve())) }()
 }
 
 // ended ends the session after serve.
@@ -96,7 +102,8 @@ func (s *session) state(st State) {
 	}
 }
 
-func (s *session) serve() error {
+// begin comes to an agreement with the client; to none if that has left.
+func (s *session) begin() error {
 	if c, ok := s.conn.(*net.TCPConn); ok {
 		// For speed and for dead peers; neither is worth refusing a client.
 		_ = c.SetNoDelay(true)
@@ -110,14 +117,19 @@ func (s *session) serve() error {
 		return err
 	}
 	s.agreement = agreed
-	defer s.release(agreed.export)
-	defer s.srv.exit(agreed.export)
 	s.dev = s.srv.device(agreed.export.Device)
-	defer s.srv.putDevice(s.dev)
 	s.srv.Log.Debug("client agreed", "client", s.client.Addr, "export", agreed.name,
 		"flags", agreed.flags, "structured", agreed.structured, "extended", agreed.extended)
 	s.state(StateActive)
-	err = s.transmit(newTransport(s.channel))
+	return nil
+}
+
+// serve serves what begin has agreed on.
+func (s *session) serve() error {
+	defer s.release(s.export)
+	defer s.srv.exit(s.export)
+	defer s.srv.putDevice(s.dev)
+	err := s.transmit(newTransport(s.channel))
 	s.endTLS()
 	return err
 }
