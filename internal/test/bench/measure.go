@@ -120,7 +120,7 @@ func (p *process) load(ctx context.Context, w workload, d time.Duration) (sample
 		return sample{}, err
 	}
 	found := sample{*r, (p.cpu() - before).Seconds(), 0}
-	if w.crowded() {
+	if w.weighed {
 		// Once more, since looking disturbs.
 		c.Duration = lookAfter * 4
 		looked := make(chan float64, 1)
@@ -134,7 +134,7 @@ func (p *process) load(ctx context.Context, w workload, d time.Duration) (sample
 	return found, err
 }
 
-// lookAfter is how long a crowd has been at work when memory is looked at.
+// lookAfter is how long clients have been at work when memory is looked at.
 const lookAfter = 150 * time.Millisecond
 
 // nbdcopy measures a copy of the whole image.
