@@ -68,6 +68,8 @@ type Server struct {
 	once sync.Once
 	tls  *tls.Config // what TLS has become
 
+	transmitting atomic.Int32 // connections that are past their handshake
+
 	mu        sync.Mutex // guards the fields below
 	changed   *sync.Cond // sessions or closing have changed
 	closing   bool

@@ -16,13 +16,17 @@ import (
 // the net.Conn hold.
 type socket struct {
 	rc         syscall.RawConn
-	minFile    int64 // what fileMin returns
-	minForward int64 // what forwardMin returns
+	minFile    int64     // what fileMin returns
+	minForward int64     // what forwardMin returns
+	local      bool      // a Unix socket
+	restraint  restraint // from lingering
 
 	// The functions that the poller calls are made once, and talk through
 	// these fields: a closure for each call would be garbage for each call.
 	rd struct {
 		fn, peek func(fd uintptr) bool
+		ask      func(fd uintptr)
+		arrived  bool
 		iov      [][]byte
 		arr      [2][]byte
 		n        int
@@ -71,9 +75,10 @@ func newTransport(conn net.Conn) transport {
 			s.minFile = sendFileMin
 		}
 		s.minForward = math.MaxInt64
+		s.local = true
 		setSendBuffer(rc, sendBuffer)
 	}
-	s.rd.fn, s.rd.peek = s.readNow, s.peekNow
+	s.rd.fn, s.rd.peek, s.rd.ask = s.readNow, s.peekNow, s.askNow
 	s.wr.fn, s.wr.poll = s.writeNow, s.roomNow
 	s.sf.fn, s.sf.use = s.sendFileNow, s.useFile
 	s.uq.fn = s.unreadNow

@@ -35,6 +35,7 @@ const (
 type line struct {
 	in     []byte // in[r:w] has arrived and was not served
 	r, w   int
+	served int    // requests since more input was waited for
 	early  []byte // had arrived before this session began
 	out    []byte // replies that were not sent
 	expect int    // the payload of the last large write, in bytes; another may follow
@@ -68,6 +69,8 @@ func (s *session) transmit(t transport) (err error) {
 	s.line.ahead = make(chan struct{}, lineAhead)
 	s.out.init(t, func(error) { s.cut() }, s.endTask)
 	s.loan.init(t, s.partFrom)
+	s.srv.transmitting.Add(1)
+	defer s.srv.transmitting.Add(-1)
 
 	err = s.serveRequests()
 	sendErr := s.sendOut()
@@ -137,18 +140,31 @@ func (s *session) sendOut() error {
 // fill waits for more input.
 func (s *session) fill() error {
 	l := &s.line
-	if l.r == l.w {
-		l.r, l.w = 0, 0
-		if l.expect > 0 {
-			return s.fillExpecting()
-		}
-	} else if l.r > 0 {
+	single := l.served == 1
+	l.served = 0
+	switch {
+	case l.r < l.w:
 		l.w = copy(l.in, l.in[l.r:l.w])
 		l.r = 0
+	case l.expect > 0:
+		l.r, l.w = 0, 0
+		return s.fillExpecting()
+	default:
+		l.r, l.w = 0, 0
+		if single {
+			s.linger(false)
+		}
 	}
 	n, err := s.out.t.read(l.in[l.w:lineInput], nil)
 	l.w += n
 	return err
+}
+
+// linger is that of the transport, while no other connection wants the processor.
+func (s *session) linger(midst bool) {
+	if s.srv.transmitting.Load() == 1 {
+		s.out.t.linger(midst)
+	}
 }
 
 // fillExpecting is fill after a large write: if another of that length comes,
@@ -202,6 +218,7 @@ func (s *session) serveInput() error {
 		if r.cmd == nbd.CmdDisc {
 			return errLeft
 		}
+		l.served++
 		size := s.payload(&r)
 		refused := s.validate(&r)
 		if refused == nil && r.cmd == nbd.CmdBlockStatus && size > maxStatusQuery {
@@ -447,6 +464,7 @@ func (s *session) receivePayload(p []byte, have int) error {
 		if err := s.sendOut(); err != nil {
 			return err
 		}
+		s.linger(true)
 		n, err := s.receive(p[have:], l.in[:lineInput])
 		if err != nil {
 			return err

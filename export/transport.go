@@ -18,6 +18,11 @@ type transport interface {
 	// returns false at once if the transport cannot tell.
 	ready() (bool, error)
 
+	// linger waits until read would not wait, for a moment at most, where to
+	// ask again and again is faster than to be woken: in the midst of a large
+	// write, or after a single request, whose client probably waits for the reply.
+	linger(midst bool)
+
 	// write sends iov, which it may change. With wait it returns when all is
 	// sent; without, as soon as it would have to wait. It returns what is left.
 	write(iov [][]byte, wait bool) (rest [][]byte, err error)
@@ -52,6 +57,8 @@ type stream struct{ net.Conn }
 func (s stream) read(a, _ []byte) (int, error) { return s.Read(a) }
 
 func (s stream) ready() (bool, error) { return false, nil }
+
+func (s stream) linger(bool) {}
 
 func (s stream) write(iov [][]byte, wait bool) ([][]byte, error) {
 	if !wait {
