@@ -49,7 +49,7 @@ func (s *Server) HandOver(ctx context.Context) ([]Handed, error) {
 }
 
 // Resume goes on with a connection as if its client had agreed on e here, and
-// returns at once. What goes wrong is logged.
+// returns once ConnState has been told. What goes wrong is logged.
 func (s *Server) Resume(h Handed, e *Export) error {
 	s.init()
 	if len(h.Input) > lineInput {
@@ -66,7 +66,7 @@ func (s *Server) Resume(h Handed, e *Export) error {
 	n := negotiation{exporter: ses}
 	ses.resumed = &agreement{name: e.Name, export: e, size: e.size(), flags: n.flags(e, false)}
 	ses.line.early = h.Input
-	go ses.run(func(error) {})
+	ses.run(func(error) {})
 	return nil
 }
 

@@ -23,10 +23,18 @@ func handOver(t *testing.T, s *Server, e *Export) *Server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	next := &Server{}
-	for _, h := range handed {
+	var told atomic.Int32
+	next := &Server{ConnState: func(_ *Client, st State) {
+		if st == StateNew {
+			told.Add(1)
+		}
+	}}
+	for i, h := range handed {
 		if err := next.Resume(h, e); err != nil {
 			t.Fatal(err)
+		}
+		if got := int(told.Load()); got != i+1 {
+			t.Errorf("%d connections were resumed, ConnState was told of %d", i+1, got)
 		}
 	}
 	t.Cleanup(func() {

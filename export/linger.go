@@ -13,13 +13,35 @@ import (
 // 100 KiB, and to sleep between them costs as much as to receive them.
 const lingerTime = 50 * time.Microsecond
 
-// A restraint keeps from what is mostly in vain: each time it was, that is left
-// off twice as often, up to mostOften, until it pays.
-type restraint struct{ often, left int }
+func (s *socket) linger(midst bool) {
+	if midst && !s.lingersMidst || !midst && !s.lingersAfter || s.restraint.holds() {
+		return
+	}
+	start := time.Now()
+	for asked := 0; ; asked++ {
+		if s.rc.Control(s.rd.ask) != nil || s.rd.arrived {
+			if asked > 0 {
+				s.restraint.paid()
+			}
+			return
+		}
+		if time.Since(start) > lingerTime {
+			s.restraint.inVain()
+			return
+		}
+		runtime.Gosched()
+	}
+}
 
-const mostOften = 1 << 12
+func (s *socket) askNow(fd uintptr) { s.rd.arrived = pollNow(fd, unix.POLLIN) }
 
-func (r *restraint) keeps() bool {
+// A restraint skips what was in vain once, twice, four times and so on, up to
+// mostSkips times, until it pays.
+type restraint struct{ skips, left int }
+
+const mostSkips = 1 << 12
+
+func (r *restraint) holds() bool {
 	if r.left == 0 {
 		return false
 	}
@@ -27,26 +49,9 @@ func (r *restraint) keeps() bool {
 	return true
 }
 
-func (r *restraint) paid() { r.often = 0 }
+func (r *restraint) paid() { r.skips = 0 }
 
 func (r *restraint) inVain() {
-	r.often = min(max(2*r.often, 1), mostOften)
-	r.left = r.often
+	r.skips = min(max(2*r.skips, 1), mostSkips)
+	r.left = r.skips
 }
-
-func (s *socket) linger(midst bool) {
-	if midst != s.local || s.restraint.keeps() {
-		return
-	}
-	start := time.Now()
-	for time.Since(start) < lingerTime {
-		if s.rc.Control(s.rd.ask) != nil || s.rd.arrived {
-			s.restraint.paid()
-			return
-		}
-		runtime.Gosched()
-	}
-	s.restraint.inVain()
-}
-
-func (s *socket) askNow(fd uintptr) { s.rd.arrived = pollNow(fd, unix.POLLIN) }

@@ -28,40 +28,59 @@ func pair(t *testing.T, network, address string) (*socket, net.Conn) {
 }
 
 func TestLinger(t *testing.T) {
-	s, peer := pair(t, "tcp", "127.0.0.1:0")
-	s.linger(false)
-	if want := (restraint{1, 1}); s.restraint != want {
-		t.Errorf("after nothing has come: %+v, want %+v", s.restraint, want)
-	}
-	s.linger(false)
-	if want := (restraint{1, 0}); s.restraint != want {
-		t.Errorf("the next time it is left off: %+v, want %+v", s.restraint, want)
-	}
-	if _, err := peer.Write([]byte{1}); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := s.ready(); err != nil {
-		t.Fatal(err)
-	}
-	s.linger(false)
-	if want := (restraint{}); s.restraint != want {
-		t.Errorf("after something has come: %+v, want %+v", s.restraint, want)
-	}
+	for _, test := range []struct {
+		network, address string
+		midst            bool
+	}{
+		{"tcp", "127.0.0.1:0", false},
+		{"unix", filepath.Join(t.TempDir(), "socket"), true},
+	} {
+		t.Run(test.network, func(t *testing.T) {
+			s, peer := pair(t, test.network, test.address)
+			linger := func(midst bool, what string, want restraint) {
+				t.Helper()
+				s.linger(midst)
+				if s.restraint != want {
+					t.Errorf("%s: %+v, want %+v", what, s.restraint, want)
+				}
+			}
+			linger(!test.midst, "where that is slower", restraint{})
+			linger(test.midst, "while nothing comes", restraint{1, 1})
+			linger(test.midst, "the next time", restraint{1, 0})
+			linger(test.midst, "while nothing comes again", restraint{2, 2})
 
-	s.restraint.left = 1
-	s.linger(true)
-	if want := (restraint{0, 1}); s.restraint != want {
-		t.Errorf("in the midst of a request: %+v, want %+v", s.restraint, want)
-	}
+			if _, err := peer.Write([]byte{1}); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := s.ready(); err != nil {
+				t.Fatal(err)
+			}
+			s.restraint.left = 0
+			linger(test.midst, "when something is there", restraint{2, 0})
+			if _, err := s.read(make([]byte, 1), nil); err != nil {
+				t.Fatal(err)
+			}
 
-	s, _ = pair(t, "unix", filepath.Join(t.TempDir(), "socket"))
-	s.linger(false)
-	if want := (restraint{}); s.restraint != want {
-		t.Errorf("on a Unix socket: %+v, want %+v", s.restraint, want)
-	}
-	s.linger(true)
-	if want := (restraint{1, 1}); s.restraint != want {
-		t.Errorf("in the midst of a request on a Unix socket: %+v, want %+v", s.restraint, want)
+			// It comes meanwhile, unless this process has to wait.
+			for try := 0; s.restraint.skips != 0; try++ {
+				if try == 1000 {
+					t.Fatal("it has never paid")
+				}
+				s.restraint.left = 0
+				sent := make(chan error)
+				go func() {
+					_, err := peer.Write([]byte{1})
+					sent <- err
+				}()
+				s.linger(test.midst)
+				if err := <-sent; err != nil {
+					t.Fatal(err)
+				}
+				if _, err := s.read(make([]byte, 1), nil); err != nil {
+					t.Fatal(err)
+				}
+			}
+		})
 	}
 }
 
@@ -69,20 +88,19 @@ func TestRestraint(t *testing.T) {
 	var r restraint
 	for tried, next := 0, 0; tried < 15; tried++ {
 		for range next {
-			if !r.keeps() {
-				t.Fatalf("after %d times in vain it was not left off %d times", tried, next)
+			if !r.holds() {
+				t.Fatalf("after %d times in vain it was not skipped %d times", tried, next)
 			}
 		}
-		if r.keeps() {
-			t.Fatalf("after %d times in vain it was left off more than %d times", tried, next)
+		if r.holds() {
+			t.Fatalf("after %d times in vain it was skipped more than %d times", tried, next)
 		}
 		r.inVain()
-		next = min(max(2*next, 1), mostOften)
+		next = min(max(2*next, 1), mostSkips)
 	}
 	r.paid()
-	r.left = 0
 	r.inVain()
 	if r.left != 1 {
-		t.Errorf("after it has paid it is left off %d times", r.left)
+		t.Errorf("after it has paid it is skipped %d times", r.left)
 	}
 }

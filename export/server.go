@@ -54,8 +54,8 @@ type Server struct {
 	TLS     *tls.Config
 	TLSMode TLSMode
 
-	// ConnState, if set, is told of the life of each connection, by the
-	// goroutine that serves it.
+	// ConnState, if set, is told of the life of each connection, with one
+	// call at a time for each.
 	ConnState func(*Client, State)
 
 	// MaxClients is how many connections are served at once; 0: no limit.

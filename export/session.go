@@ -59,9 +59,9 @@ func (s *session) cut() {
 	s.conn.Close()
 }
 
-// run has the connection served, and then called with what ended it. After the
-// handshake it is another goroutine that serves: to wait for requests, as most
-// connections do, it needs half of the stack that the handshake leaves.
+// run has the connection served, and then called with what ended it. It returns
+// after the handshake, and another goroutine serves: to wait for requests, as
+// most connections do, it needs half of the stack that the handshake leaves.
 func (s *session) run(then func(error)) {
 	s.state(StateNew)
 	if err := s.begin(); s.agreement == nil {
@@ -71,7 +71,7 @@ func (s *session) run(then func(error)) {
 	go func() { then(s.ended(s.serve())) }()
 }
 
-// ended ends the session after serve.
+// ended ends the session after begin or serve.
 func (s *session) ended(err error) error {
 	handed := errors.Is(err, errHanded)
 	if handed {

@@ -16,10 +16,12 @@ import (
 // the net.Conn hold.
 type socket struct {
 	rc         syscall.RawConn
-	minFile    int64     // what fileMin returns
-	minForward int64     // what forwardMin returns
-	local      bool      // a Unix socket
-	restraint  restraint // from lingering
+	minFile    int64 // what fileMin returns
+	minForward int64 // what forwardMin returns
+
+	lingersAfter bool // a single request
+	lingersMidst bool // in a large write
+	restraint    restraint
 
 	// The functions that the poller calls are made once, and talk through
 	// these fields: a closure for each call would be garbage for each call.
@@ -70,12 +72,15 @@ func newTransport(conn net.Conn) transport {
 		return stream{conn}
 	}
 	s := &socket{rc: rc, minFile: math.MaxInt64, minForward: forwardMin}
-	if _, ok := conn.(*net.UnixConn); ok {
+	switch conn.(type) {
+	case *net.TCPConn:
+		s.lingersAfter = true
+	case *net.UnixConn:
 		if canSendFile {
 			s.minFile = sendFileMin
 		}
 		s.minForward = math.MaxInt64
-		s.local = true
+		s.lingersMidst = true
 		setSendBuffer(rc, sendBuffer)
 	}
 	s.rd.fn, s.rd.peek, s.rd.ask = s.readNow, s.peekNow, s.askNow

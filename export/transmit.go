@@ -160,7 +160,8 @@ func (s *session) fill() error {
 	return err
 }
 
-// linger is that of the transport, while no other connection wants the processor.
+// linger is that of the transport, if no other connection transmits: it would
+// want the processor.
 func (s *session) linger(midst bool) {
 	if s.srv.transmitting.Load() == 1 {
 		s.out.t.linger(midst)
