@@ -20,7 +20,9 @@ func (s *socket) linger(midst bool) {
 	start := time.Now()
 	for asked := 0; ; asked++ {
 		if s.rc.Control(s.rd.ask) != nil || s.rd.arrived {
-			if asked > 0 {
+			// What is there at once in the midst of a write would have been
+			// without waiting.
+			if asked > 0 || !midst {
 				s.restraint.paid()
 			}
 			return
