@@ -106,3 +106,24 @@ func TestRestraint(t *testing.T) {
 		t.Errorf("after it has paid it is skipped %d times", r.left)
 	}
 }
+
+// A lingerer counts how often it is to linger.
+type lingerer struct {
+	stream
+	times int
+}
+
+func (l *lingerer) linger(bool) { l.times++ }
+
+func TestLingerAlone(t *testing.T) {
+	for connections, want := range map[int32]int{1: 1, 2: 0} {
+		l := &lingerer{}
+		s := &session{srv: &Server{}}
+		s.srv.transmitting.Store(connections)
+		s.out.t = l
+		s.linger(true)
+		if l.times != want {
+			t.Errorf("with %d connections it lingers %d times", connections, l.times)
+		}
+	}
+}
