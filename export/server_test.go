@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
@@ -269,6 +270,79 @@ func TestDisconnect(t *testing.T) {
 			p.conn.Close()
 		}
 	})
+}
+
+// A vsock is a connection of which the client must not see the end of both ways
+// before it has ended its own.
+type vsock struct {
+	*net.UnixConn
+	closed context.CancelFunc
+}
+
+func (vsock) RemoteAddr() net.Addr { return vsockAddr{} }
+
+func (c vsock) Close() error {
+	c.closed()
+	return c.UnixConn.Close()
+}
+
+type vsockAddr struct{}
+
+func (vsockAddr) Network() string { return "vsock" }
+func (vsockAddr) String() string  { return "1:2" }
+
+// TestParting: over AF_VSOCK, the client leaves first, if it does not take too
+// long.
+func TestParting(t *testing.T) {
+	for name, bye := range map[string]func(*peer){
+		"DISC": func(p *peer) {
+			p.write(p.header(nbd.CmdDisc, 0, 0, 0, 0))
+		},
+		"ABORT": func(p *peer) { p.option(nbd.OptAbort, nil) },
+	} {
+		for _, leaves := range []bool{true, false} {
+			t.Run(fmt.Sprint(name, leaves), func(t *testing.T) {
+				s := serve(t, map[string]*Export{"": {Device: memDisk(t, 1<<20)}}, nil)
+				l, err := net.Listen("unix", filepath.Join(t.TempDir(), "socket"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer l.Close()
+				p := &peer{t: t}
+				if p.conn, err = net.Dial("unix", l.Addr().String()); err != nil {
+					t.Fatal(err)
+				}
+				defer p.conn.Close()
+				p.conn.SetDeadline(time.Now().Add(patience))
+				conn, err := l.Accept()
+				if err != nil {
+					t.Fatal(err)
+				}
+				closed, closes := context.WithCancel(t.Context())
+				ended := make(chan error, 1)
+				go func() { ended <- s.ServeConn(vsock{conn.(*net.UnixConn), closes}) }()
+				p.greet()
+				if name == "DISC" {
+					p.option(nbd.OptGo, make([]byte, 6))
+				}
+				bye(p)
+				if _, err := p.conn.Read(make([]byte, 1)); err != io.EOF {
+					t.Errorf("after it: %v", err)
+				}
+				select {
+				case <-closed.Done():
+					t.Error("the connection was closed before the client had left")
+				case <-time.After(partingTime / 20):
+				}
+				if leaves {
+					p.conn.Close()
+				}
+				if err := <-ended; err != nil {
+					t.Error(err)
+				}
+			})
+		}
+	}
 }
 
 // TestShutdownUnderLoad: what was accepted is done and flushed, and every

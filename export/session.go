@@ -77,6 +77,9 @@ func (s *session) ended(err error) error {
 	if handed {
 		s.cancel() // the connection goes on
 	} else {
+		if err == nil {
+			s.part()
+		}
 		s.cut()
 	}
 	switch {
@@ -94,6 +97,23 @@ func (s *session) ended(err error) error {
 	s.state(StateClosed)
 	s.srv.leave(s)
 	return err
+}
+
+// partingTime is how long a client over AF_VSOCK may take to leave after it has
+// said so.
+const partingTime = time.Second
+
+// part lets a client over AF_VSOCK, which leaves in good order, be the first to
+// close. Should it shut its side down when all is closed here, what it reads next
+// is no end of the stream, but ENOTCONN.
+func (s *session) part() {
+	c, ok := s.conn.(interface{ CloseWrite() error })
+	if !ok || s.client.Addr.Network() != "vsock" || c.CloseWrite() != nil {
+		return
+	}
+	if s.conn.SetReadDeadline(time.Now().Add(partingTime)) == nil {
+		_, _ = io.Copy(io.Discard, s.conn) // the client may be gone
+	}
 }
 
 func (s *session) state(st State) {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -116,9 +117,21 @@ type vsockConn struct {
 func (c *vsockConn) LocalAddr() net.Addr  { return c.local }
 func (c *vsockConn) RemoteAddr() net.Addr { return c.remote }
 
+// CloseWrite ends what the other side reads.
+func (c *vsockConn) CloseWrite() error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var shutErr error
+	err = raw.Control(func(fd uintptr) { shutErr = unix.Shutdown(int(fd), unix.SHUT_WR) })
+	return errors.Join(err, os.NewSyscallError("shutdown", shutErr))
+}
+
 var _ interface {
 	net.Conn
 	syscall.Conn
+	CloseWrite() error
 	SetDeadline(time.Time) error
 } = (*vsockConn)(nil)
 

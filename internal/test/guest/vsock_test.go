@@ -21,6 +21,10 @@ uri=nbd+vsock://1:77777/
 nbdcopy --flush want $uri
 nbdcopy $uri have
 cmp want have
+# Each client sees an orderly end.
+for _ in {1..50}; do
+    nbdcopy --connections=4 $uri null:
+done
 refused 'already in use' -- imgnbd --vsock -p 77777 -f raw -r want
 kill $(cat pid)
 eventually gone $(cat pid)
