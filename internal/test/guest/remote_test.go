@@ -107,10 +107,10 @@ remote() {
         kill -KILL $pid
         eventually gone $pid
         state dead
-        head -c 1M /dev/urandom >m/waiting
-        (cd m && md5sum waiting >>sums)
-        sync -f m &
+        # To write may wait, too, for what the journal was writing.
+        { head -c 1M /dev/urandom >m/waiting && (cd m && md5sum waiting >>sums) && sync -f m; } &
         syncing=$!
+        sleep 0.5
         imgnbd -c /dev/nbd0 "$uri"
         wait $syncing || fail "sync: $?"
         state live
