@@ -43,8 +43,6 @@ type fakeKernel struct {
 	mu     sync.Mutex
 	config *config          // of the last connect
 	reconf *reconfiguration // the last with connections that was accepted
-	taken  chan struct{}    // closed by the first
-	once   sync.Once
 	lines  fakeLines
 	log    []string
 	nodes  map[string]string // numbers of nodes, by path
@@ -53,7 +51,7 @@ type fakeKernel struct {
 // newFake returns a host with devices nbd0 to nbd3.
 func newFake(t *testing.T) (*host, *fakeKernel) {
 	dir := t.TempDir()
-	k := &fakeKernel{t: t, nodes: map[string]string{}, taken: make(chan struct{}), lines: make(fakeLines, 100)}
+	k := &fakeKernel{t: t, nodes: map[string]string{}, lines: make(fakeLines, 100)}
 	k.host = &host{kernel: k, sys: dir + "/sys", dev: "/dev", proc: dir + "/proc", run: dir + "/run"}
 	for i := range 4 {
 		k.device(i)
@@ -159,15 +157,6 @@ func (k *fakeKernel) reconfigure(r *reconfiguration) error {
 		return nil
 	}
 	k.reconf = r
-	k.once.Do(func() { close(k.taken) })
-	return nil
-}
-
-func (k *fakeKernel) readBlock(path string, n int) error {
-	k.mu.Lock()
-	k.note("read %d of %s", n, path)
-	k.mu.Unlock()
-	<-k.taken
 	return nil
 }
 
@@ -179,16 +168,16 @@ func (k *fakeKernel) kill(p *os.Process) error {
 	return nil
 }
 
-func (k *fakeKernel) kept(conns []net.Conn) (int, error) {
+func (k *fakeKernel) kept(conns []net.Conn) ([]net.Conn, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.reconf == nil || len(conns) == 0 || k.reconf.conns[0] != conns[0] {
-		return 0, nil
+		return nil, nil
 	}
 	if k.places > 0 {
-		return min(len(conns), k.places), nil
+		return conns[:min(len(conns), k.places)], nil
 	}
-	return len(conns), nil
+	return conns, nil
 }
 
 // fakeLines are the places of connections that have ended.

@@ -43,8 +43,8 @@ type kernel interface {
 	setTimeout(index int, backend string, timeout, deadTimeout time.Duration) error
 	// kill ends a process at once.
 	kill(p *os.Process) error
-	// kept returns how many ends of socket pairs, closed here, the kernel has kept.
-	kept(conns []net.Conn) (int, error)
+	// kept returns those ends of socket pairs, closed here, that the kernel has kept.
+	kept(conns []net.Conn) ([]net.Conn, error)
 	// watch looks after connections that a device has been given.
 	watch(conns []net.Conn) (lines, error)
 	// detachOnClose has the device disconnected when nobody has it open any
@@ -56,9 +56,6 @@ type kernel interface {
 	// EBUSY if the device or a part of it is mounted or claimed otherwise, and
 	// keeps it from being so until Close.
 	open(path string, exclusive bool) (block, error)
-	// readBlock reads the first n bytes of a device, a block, from whoever
-	// serves it and not from a cache.
-	readBlock(path string, n int) error
 	// number returns major:minor of a block device node.
 	number(path string) (string, error)
 	// syncFS flushes the file system that is mounted at path.

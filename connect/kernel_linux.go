@@ -287,22 +287,6 @@ func (f blockFile) rescan() error {
 
 func (linux) kill(p *os.Process) error { return p.Kill() }
 
-func (linux) readBlock(path string, n int) error {
-	// Aligned as its memory has to be.
-	b, err := unix.Mmap(-1, 0, max(n, os.Getpagesize()), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
-	if err != nil {
-		return err
-	}
-	defer unix.Munmap(b)
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECT, 0)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	_, err = f.ReadAt(b[:n], 0)
-	return err
-}
-
 func (f blockFile) endReadOnly() error {
 	return unix.IoctlSetPointerInt(int(f.Fd()), unix.BLKROSET, 0)
 }

@@ -34,10 +34,13 @@ func (r *relays) socket(conn net.Conn) (net.Conn, error) {
 func (r *relays) wait() { r.running.Wait() }
 
 // relay copies both ways until either side ends, which ends the other.
-func relay(a, b net.Conn) {
+func relay(a *net.UnixConn, b net.Conn) {
 	var back sync.WaitGroup
 	back.Go(func() {
 		io.Copy(a, b)
+		// Somebody may watch it, and hold it open.
+		a.CloseWrite()
+		a.CloseRead()
 		a.Close()
 	})
 	io.Copy(b, a)
@@ -53,7 +56,7 @@ type kernelEnd struct {
 
 // SocketPair returns the two ends of a connection that nobody else can reach:
 // ours, and the one for the kernel.
-func SocketPair() (ours, kernels net.Conn, err error) {
+func SocketPair() (ours *net.UnixConn, kernels net.Conn, err error) {
 	syscall.ForkLock.RLock()
 	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
 	if err == nil {

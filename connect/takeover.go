@@ -224,28 +224,35 @@ func (p *Predecessor) TakeOver(ctx context.Context, opt Options) (*Attachment, e
 	if p.lives {
 		return p.succeed(ctx, opt)
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("%s has taken no connection, after %v", p.Path(), patience))
-	defer cancel()
 	a := p.attachment(opt)
-	if err := a.become(); err != nil {
-		return nil, a.refused(err)
+	if _, err := a.succeedDead(ctx); err != nil {
+		return nil, err
 	}
+	return a, a.listen()
+}
+
+// succeedDead makes this process the server of a device whose own has died, if
+// what it offers is what was there before, and returns the ends of the
+// connections that the kernel has taken.
+func (a *Attachment) succeedDead(ctx context.Context) (taken []net.Conn, err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("%s has taken no connection, after %v", a.Path(), patience))
+	defer cancel()
 	// A socket for which the kernel has no place yet, because it has not seen
 	// the end of the old one, is ignored in silence. To send too many does no
 	// harm. Nothing is read from the device to find out: if this process died
 	// while that waits for it, its sockets would stay.
-	for taken := 0; taken < opt.Connections; {
-		n, err := a.connectAnew(ctx)
+	for first := true; ; first = false {
+		kept, err := a.connectAnew(ctx, first)
 		if err != nil {
 			return nil, err
 		}
-		if taken += n; taken < opt.Connections {
-			if err := sleep(ctx, 20*time.Millisecond); err != nil {
-				return nil, err
-			}
+		if taken = append(taken, kept...); len(taken) >= a.opt.Connections {
+			return taken, nil
+		}
+		if err := sleep(ctx, 20*time.Millisecond); err != nil {
+			return nil, err
 		}
 	}
-	return a, a.listen()
 }
 
 func (p *Predecessor) attachment(opt Options) *Attachment {
@@ -267,10 +274,14 @@ func (a *Attachment) become() error {
 	return a.bePatient()
 }
 
-// connectAnew negotiates and hands the connections to the kernel, if what is
-// at their other ends is what was there before. It returns how many were taken.
-func (a *Attachment) connectAnew(ctx context.Context) (int, error) {
+// connectAnew negotiates and hands the connections to the kernel. The first time,
+// the device is this process's from when there are any. It returns those that
+// were taken.
+func (a *Attachment) connectAnew(ctx context.Context, first bool) ([]net.Conn, error) {
 	_, conns, err := a.look(ctx)
+	if err == nil && first {
+		err = a.refused(a.become())
+	}
 	if err == nil {
 		err = a.refused(a.attached(conns...))
 	}
@@ -278,7 +289,7 @@ func (a *Attachment) connectAnew(ctx context.Context) (int, error) {
 		conn.Close()
 	}
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
 	return a.host.kept(conns)
 }

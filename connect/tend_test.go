@@ -179,6 +179,10 @@ func TestUnattended(t *testing.T) {
 	}
 }
 
+func reconfigurations(k *fakeKernel) int {
+	return strings.Count(strings.Join(k.logged(), ","), "reconfigure")
+}
+
 // Where data passes through the process, its death leaves a device that waits,
 // for a process that goes to the same export.
 func TestAdopt(t *testing.T) {
@@ -216,9 +220,13 @@ func TestAdopt(t *testing.T) {
 			t.Errorf("%q: %v", want, err)
 		}
 	}
+	k.deaf = 1 // the kernel has not seen the end of the old connection
 	next, err := p.Adopt(limited(t), opt)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if n := reconfigurations(k); n != 2 {
+		t.Errorf("%d connections were offered", n)
 	}
 	if got := state(h); got != Live {
 		t.Error(got)
@@ -227,10 +235,7 @@ func TestAdopt(t *testing.T) {
 	go func() { result <- next.Tend(limited(t)) }()
 	k.lines <- 0
 	for ctx := limited(t); ; {
-		k.mu.Lock()
-		n := strings.Count(strings.Join(k.log, ","), "reconfigure")
-		k.mu.Unlock()
-		if n == 2 {
+		if reconfigurations(k) == 3 {
 			break
 		}
 		if err := sleep(ctx, 5*time.Millisecond); err != nil {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -40,6 +41,9 @@ func (linux) watch(conns []net.Conn) (lines, error) {
 }
 
 func (p poller) set(place int, conn net.Conn) error {
+	if end, ok := conn.(*kernelEnd); ok {
+		conn = end.other // which also sees when the kernel drops its end unused
+	}
 	sc, ok := conn.(syscall.Conn)
 	if !ok {
 		return fmt.Errorf("%T is not a socket", conn)
@@ -50,7 +54,10 @@ func (p poller) set(place int, conn net.Conn) error {
 	}
 	fd := -1
 	var dupErr error
-	if err := raw.Control(func(of uintptr) { fd, dupErr = unix.FcntlInt(of, unix.F_DUPFD_CLOEXEC, 0) }); err != nil {
+	err = raw.Control(func(of uintptr) { fd, dupErr = unix.FcntlInt(of, unix.F_DUPFD_CLOEXEC, 0) })
+	if errors.Is(err, net.ErrClosed) { // it has ended already
+		fd, dupErr = ended()
+	} else if err != nil {
 		return err
 	}
 	if dupErr != nil {
@@ -58,6 +65,16 @@ func (p poller) set(place int, conn net.Conn) error {
 	}
 	p[place] = unix.PollFd{Fd: int32(fd), Events: lineEnded}
 	return nil
+}
+
+// ended returns a connection that has ended.
+func ended() (int, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return -1, os.NewSyscallError("socketpair", err)
+	}
+	unix.Close(fds[1])
+	return fds[0], nil
 }
 
 func (p poller) wait(ctx context.Context) ([]int, error) {
@@ -97,7 +114,7 @@ func (p poller) wait(ctx context.Context) ([]int, error) {
 
 // kept looks at the other ends, which the kernel's dropping them has hung up
 // before its answer came.
-func (linux) kept(conns []net.Conn) (kept int, err error) {
+func (linux) kept(conns []net.Conn) (kept []net.Conn, err error) {
 	for _, conn := range conns {
 		end, ok := conn.(*kernelEnd)
 		if !ok {
@@ -124,7 +141,7 @@ func (linux) kept(conns []net.Conn) (kept int, err error) {
 		case pollErr != nil:
 			return kept, fmt.Errorf("poll: %w", pollErr)
 		case p[0].Revents&(unix.POLLHUP|unix.POLLERR) == 0:
-			kept++
+			kept = append(kept, conn)
 		}
 	}
 	return kept, nil

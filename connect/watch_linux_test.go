@@ -31,16 +31,28 @@ func TestWatch(t *testing.T) {
 	}
 	a, aServer := tcp()
 	b, bServer := tcp()
-	c, cServer, err := SocketPair()
+	// c is relayed, d is dropped by the kernel, and the relay of e has ended.
+	var relayed relays
+	cServer, c := net.Pipe()
+	if c, err = relayed.socket(c); err != nil {
+		t.Fatal(err)
+	}
+	dServer, d, err := SocketPair()
 	if err != nil {
 		t.Fatal(err)
 	}
-	w, err := linux{}.watch([]net.Conn{a, b, c})
+	eServer, e, err := SocketPair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close(); dServer.Close(); e.Close() })
+	eServer.Close()
+	w, err := linux{}.watch([]net.Conn{a, b, c, d, e})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer w.close()
-	for _, server := range []net.Conn{aServer, bServer, cServer} {
+	for _, server := range []net.Conn{aServer, bServer, cServer, dServer} {
 		if _, err := server.Write([]byte("data")); err != nil {
 			t.Fatal(err)
 		}
@@ -59,6 +71,9 @@ func TestWatch(t *testing.T) {
 			t.Errorf("%d have ended, not %d", all, want)
 		}
 	}
+	expect(4)
+	d.Close()
+	expect(3)
 	aServer.Close()
 	expect(0)
 	// As the kernel does when it gives up a connection, or is told to.
@@ -104,14 +119,14 @@ func TestKept(t *testing.T) {
 		kernels.Close()
 	}
 	for i, want := range []int{4, 3, 2} {
-		if got, err := (linux{}).kept(conns); got != want || err != nil {
-			t.Errorf("%d, %v are kept, not %d", got, err, want)
+		if got, err := (linux{}).kept(conns); len(got) != want || err != nil {
+			t.Errorf("%v, %v are kept, not %d", got, err, want)
 		}
 		holds[i].Close()
 	}
 	others[3].Close() // by who served it
-	if got, err := (linux{}).kept(conns); got != 0 || err != nil {
-		t.Errorf("%d, %v are kept, and the end of all was seen", got, err)
+	if got, err := (linux{}).kept(conns); len(got) != 0 || err != nil {
+		t.Errorf("%v, %v are kept, and the end of all was seen", got, err)
 	}
 	holds[3].Close()
 }

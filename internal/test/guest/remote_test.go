@@ -154,8 +154,8 @@ eventually grep -q '[1-9]$' /sys/block/nbd0/inflight
 kill -KILL $pid
 eventually gone $waiting
 grep -q 'Input/output error' err
-eventually guardians 0
-imgnbd -c /dev/nbd0 "$uri"
+imgnbd -c /dev/nbd0 "$uri" # as the kernel shuts down what it has
+dd if=/dev/zero of=/dev/nbd0 bs=4k count=1 oflag=direct status=none
 imgnbd -d /dev/nbd0
 eventually guardians 0
 stop
