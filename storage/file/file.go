@@ -184,6 +184,9 @@ func (s *store) TryReadAt(p []byte, off int64) error {
 			return s.readNoWait(p, off)
 		}
 	case tryMemory:
+		if preadMemory(s.fd, p, off) == len(p) {
+			return nil
+		}
 		_, err := readFull(s.fd, p, off, 1)
 		return err
 	}
@@ -232,6 +235,9 @@ func (s *store) WriteAt(p []byte, off int64, flags storage.WriteFlags) error {
 func (s *store) write(p []byte, off int64) error {
 	if s.direct != nil {
 		return s.direct.write(s, p, off)
+	}
+	if s.try == tryMemory && pwriteMemory(s.fd, p, off) == len(p) {
+		return nil
 	}
 	return writeFull(s.fd, p, off)
 }

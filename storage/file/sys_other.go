@@ -84,6 +84,9 @@ func datasync(f *os.File, _ int) error { return cause(f.Sync()) }
 
 func preadNoWait(int, []byte, int64) (int, error) { return 0, syscall.ENOSYS }
 
+func preadMemory(int, []byte, int64) int  { return 0 }
+func pwriteMemory(int, []byte, int64) int { return 0 }
+
 func punchHole(_ int, _, _ int64) error     { return syscall.ENOSYS }
 func zeroRange(_ int, _, _ int64) error     { return syscall.ENOSYS }
 func discardBlocks(_ int, _, _ int64) error { return syscall.ENOSYS }
