@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"runtime"
 	"time"
 
 	"github.com/imgnbd/imgnbd/image"
@@ -19,6 +20,7 @@ const (
 	lineInput   = 256 << 10          // bytes taken at once
 	lineBatch   = 128 << 10          // bytes of replies that are sent at once
 	lineMemory  = 1<<20 + lineInput  // each way; pages cost nothing until used
+	lineShare   = 8                  // requests that are answered before more are served, see share
 	largeRead   = 64 << 10           // reads from here on are looked at by extent
 	largeWrite  = 64 << 10           // payloads beyond go to a buffer of their own
 	lineAhead   = 4                  // large replies that were read and not sent
@@ -36,6 +38,8 @@ type line struct {
 	in     []byte // in[r:w] has arrived and was not served
 	r, w   int
 	served int    // requests since more input was waited for
+	unsent int    // requests served since replies were sent
+	shares bool   // the client may have a processor of its own
 	early  []byte // had arrived before this session began
 	out    []byte // replies that were not sent
 	expect int    // the payload of the last large write, in bytes; another may follow
@@ -66,6 +70,7 @@ func (s *session) transmit(t transport) (err error) {
 	defer unmapMemory(out)
 	s.line.in, s.line.out = in, out[:0]
 	s.line.w = copy(in, s.line.early)
+	s.line.shares = runtime.GOMAXPROCS(0) > 1
 	s.line.ahead = make(chan struct{}, lineAhead)
 	s.out.init(t, func(error) { s.cut() }, s.endTask)
 	s.loan.init(t, s.partFrom)
@@ -129,6 +134,7 @@ func (s *session) serveRequests() error {
 // sendOut sends the replies that the line has made.
 func (s *session) sendOut() error {
 	l := &s.line
+	l.unsent = 0
 	if len(l.out) == 0 {
 		return nil
 	}
@@ -141,6 +147,9 @@ func (s *session) sendOut() error {
 func (s *session) fill() error {
 	l := &s.line
 	single := l.served == 1
+	if l.served != lineShare { // which is all there is, or one share of more
+		s.out.t.hurry(l.served > lineShare)
+	}
 	l.served = 0
 	switch {
 	case l.r < l.w:
@@ -219,7 +228,11 @@ func (s *session) serveInput() error {
 		if r.cmd == nbd.CmdDisc {
 			return errLeft
 		}
+		if err := s.share(); err != nil {
+			return err
+		}
 		l.served++
+		l.unsent++
 		size := s.payload(&r)
 		refused := s.validate(&r)
 		if refused == nil && r.cmd == nbd.CmdBlockStatus && size > maxStatusQuery {
@@ -250,6 +263,17 @@ func (s *session) serveInput() error {
 		}
 	}
 	return nil
+}
+
+// share sends some replies before the rest of what has arrived is served. A client
+// that has a processor of its own takes them meanwhile, and sends again before
+// this side would have to wait for it: neither has to be woken.
+func (s *session) share() error {
+	l := &s.line
+	if l.unsent < lineShare || l.w-l.r < lineShare/2*s.requestSize() || !l.shares || s.srv.transmitting.Load() > 1 {
+		return nil
+	}
+	return s.sendOut()
 }
 
 // room makes room for n bytes in the replies of the line.

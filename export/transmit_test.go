@@ -6,8 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
+	"runtime"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/internal/nbd"
@@ -517,4 +520,49 @@ func FuzzRequest(f *testing.F) {
 			in = in[size:]
 		}
 	})
+}
+
+// Some replies leave while requests that came with theirs are served; with another
+// connection that transmits they leave together.
+func TestShare(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(max(2, runtime.NumCPU())))
+	for _, alone := range []bool{true, false} {
+		t.Run(fmt.Sprint("alone=", alone), func(t *testing.T) {
+			const n, block = 4 * lineShare, 512
+			dev := &hooked{Device: memDisk(t, 1<<20)}
+			stalled, release := make(chan struct{}), make(chan struct{})
+			dev.tryReadAt = func(p []byte, off int64) error {
+				if off == (n-1)*block { // on the line
+					close(stalled)
+					<-release
+				}
+				return dev.Device.TryReadAt(p, off)
+			}
+			s := serve(t, map[string]*Export{"": {Device: dev}}, nil)
+			p := s.connect("unix", "", simple)
+			if !alone {
+				other := s.connect("unix", "", simple)
+				other.write(other.header(nbd.CmdRead, 0, 0, 0, block))
+				other.read(nbd.SimpleReplySize + block)
+			}
+			var requests []byte
+			for i := range uint64(n) {
+				requests = append(requests, p.header(nbd.CmdRead, 0, i, i*block, block)...)
+			}
+			p.write(requests)
+			<-stalled
+			early := 0
+			if alone {
+				early = n - lineShare
+				p.read(early * (nbd.SimpleReplySize + block))
+			}
+			p.conn.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+			if got, err := p.conn.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("%d bytes more than of %d replies, and %v", got, early, err)
+			}
+			p.conn.SetReadDeadline(time.Now().Add(patience))
+			close(release)
+			p.read((n - early) * (nbd.SimpleReplySize + block))
+		})
+	}
 }

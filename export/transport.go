@@ -23,6 +23,9 @@ type transport interface {
 	// write, or after a single request, whose client probably waits for the reply.
 	linger(midst bool)
 
+	// hurry says whether many requests arrive at a time.
+	hurry(many bool)
+
 	// write sends iov, which it may change. With wait it returns when all is
 	// sent; without, as soon as it would have to wait. It returns what is left.
 	write(iov [][]byte, wait bool) (rest [][]byte, err error)
@@ -59,6 +62,8 @@ func (s stream) read(a, _ []byte) (int, error) { return s.Read(a) }
 func (s stream) ready() (bool, error) { return false, nil }
 
 func (s stream) linger(bool) {}
+
+func (s stream) hurry(bool) {}
 
 func (s stream) write(iov [][]byte, wait bool) ([][]byte, error) {
 	if !wait {
