@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/imgnbd/imgnbd/export"
 	"github.com/imgnbd/imgnbd/internal/nbd"
 )
 
@@ -198,6 +199,7 @@ func listenTCP(ctx context.Context, host, port string) (*place, error) {
 			}
 			continue
 		}
+		export.PrepareListener(l)
 		p.listeners = append(p.listeners, l)
 	}
 	if len(p.listeners) == 0 {
