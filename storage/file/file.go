@@ -113,6 +113,8 @@ type store struct {
 	limit   atomic.Int64 // with info.FixedSize: what may be written
 	barrier barrier
 	direct  *direct // nil: through the page cache
+	raw     bool    // short calls are raw
+	writers writers
 
 	try    tryMethod
 	begins bool // tryNoWait has the kernel fetch what is not in the page cache
@@ -135,7 +137,7 @@ func newStore(f *os.File, n *node, opt storage.Options) (*store, error) {
 		unlockImage(n.fd)
 		return nil, err
 	}
-	s.begins = n.begins
+	s.begins, s.raw = n.begins, n.raw && !opt.Direct
 	s.info = n.info
 	s.info.URL = &url.URL{Scheme: "file", Path: f.Name()}
 	s.info.ReadOnly = opt.Access == storage.Read
@@ -184,7 +186,7 @@ func (s *store) TryReadAt(p []byte, off int64) error {
 			return s.readNoWait(p, off)
 		}
 	case tryMemory:
-		if preadMemory(s.fd, p, off) == len(p) {
+		if s.raw && len(p) <= rawMost && preadMemory(s.fd, p, off) == len(p) {
 			return nil
 		}
 		_, err := readFull(s.fd, p, off, 1)
@@ -236,9 +238,15 @@ func (s *store) write(p []byte, off int64) error {
 	if s.direct != nil {
 		return s.direct.write(s, p, off)
 	}
-	if s.try == tryMemory && pwriteMemory(s.fd, p, off) == len(p) {
-		return nil
+	if s.raw && len(p) <= rawMost && s.writers.short() {
+		n := pwriteMemory(s.fd, p, off)
+		s.writers.shortDone()
+		if n == len(p) {
+			return nil
+		}
 	}
+	s.writers.long()
+	defer s.writers.longDone()
 	return writeFull(s.fd, p, off)
 }
 
@@ -286,6 +294,8 @@ func (s *store) Truncate(size int64) error {
 		return errors.ErrUnsupported
 	}
 	defer s.lockAll()()
+	s.writers.long()
+	defer s.writers.longDone()
 	return retry(func() error { return syscall.Ftruncate(s.fd, size) })
 }
 

@@ -15,6 +15,7 @@ type node struct {
 	block bool
 	info  storage.Info
 	try   tryMethod
+	raw   bool // a file in memory that is never on a disk
 
 	begins bool // tryNoWait has the kernel fetch what is not in the page cache
 

@@ -140,6 +140,8 @@ func examine(fd int, before *unix.Stat_t, opt storage.Options) (*node, error) {
 		}
 	} else if inMemory(fd) {
 		n.try = tryMemory
+		var si unix.Sysinfo_t
+		n.raw = unix.Sysinfo(&si) == nil && si.Totalswap == 0
 	}
 	n.begins = n.try == tryNoWait && !opt.Direct && since(5, 9)
 
@@ -266,27 +268,17 @@ func sizeOf(fd int, block bool) (int64, error) {
 func preadNoWait(fd int, p []byte, off int64) (int, error) {
 	v := unix.Iovec{Base: unsafe.SliceData(p)}
 	v.SetLen(len(p))
-	var n uintptr
-	var errno syscall.Errno
-	if len(p) <= rawMost {
-		n, _, errno = unix.RawSyscall6(unix.SYS_PREADV2, uintptr(fd), uintptr(unsafe.Pointer(&v)), 1, uintptr(off), uintptr(uint64(off)>>32), unix.RWF_NOWAIT)
-	} else {
-		n, _, errno = unix.Syscall6(unix.SYS_PREADV2, uintptr(fd), uintptr(unsafe.Pointer(&v)), 1, uintptr(off), uintptr(uint64(off)>>32), unix.RWF_NOWAIT)
-	}
+	// It may wait for a place in the queue of a disk that it asks to fetch.
+	n, _, errno := unix.Syscall6(unix.SYS_PREADV2, uintptr(fd), uintptr(unsafe.Pointer(&v)), 1, uintptr(off), uintptr(uint64(off)>>32), unix.RWF_NOWAIT)
 	if errno != 0 {
 		return 0, errno
 	}
 	return int(n), nil
 }
 
-// rawMost is up to how many bytes are copied, where that does not wait, by a call
-// that Go's scheduler is not told of: to tell costs more than the copy of a few
-// KiB, and for some 20 µs nobody misses the thread.
-const rawMost = 128 << 10
-
-// preadMemory is pread of a file in memory. It need not be whole.
+// preadMemory is a raw pread of a file in memory. It need not be whole.
 func preadMemory(fd int, p []byte, off int64) int {
-	if len(p) > rawMost || unsafe.Sizeof(uintptr(0)) < 8 {
+	if unsafe.Sizeof(uintptr(0)) < 8 {
 		return 0
 	}
 	n, _, errno := unix.RawSyscall6(unix.SYS_PREAD64, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), uintptr(off), 0, 0)
@@ -296,9 +288,9 @@ func preadMemory(fd int, p []byte, off int64) int {
 	return int(n)
 }
 
-// pwriteMemory is pwrite to a file in memory. It need not be whole.
+// pwriteMemory is a raw pwrite to a file in memory. It need not be whole.
 func pwriteMemory(fd int, p []byte, off int64) int {
-	if len(p) > rawMost || unsafe.Sizeof(uintptr(0)) < 8 {
+	if unsafe.Sizeof(uintptr(0)) < 8 {
 		return 0
 	}
 	n, _, errno := unix.RawSyscall6(unix.SYS_PWRITE64, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), uintptr(off), 0, 0)

@@ -15,6 +15,8 @@ func (s *store) WriteZeroes(off, n int64, flags storage.WriteFlags) error {
 	if n == 0 {
 		return nil
 	}
+	s.writers.long()
+	defer s.writers.longDone()
 	zero := s.zeroFile
 	if s.block {
 		zero = s.zeroBlocks
@@ -89,6 +91,8 @@ func (s *store) Discard(off, n int64) error {
 		return err
 	}
 	defer s.gate.Leave()
+	s.writers.long()
+	defer s.writers.longDone()
 	size, err := s.size()
 	if err != nil {
 		return err
