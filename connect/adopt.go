@@ -30,5 +30,9 @@ func (p *Predecessor) Adopt(ctx context.Context, opt Options) (*Attachment, erro
 		return nil, err
 	}
 	p.record.Away = false
-	return a, p.record.write()
+	if err := p.record.write(); err != nil {
+		a.lines.close()
+		return nil, err
+	}
+	return a, nil
 }

@@ -163,7 +163,7 @@ func (h *host) attach(ctx context.Context, opt Options) (_ *Attachment, err erro
 	}
 	a := h.attachment(opt)
 	a.backend = newBackend()
-	conns, err := a.negotiate(ctx)
+	conns, err := a.negotiate(ctx, max(opt.Connections, 1))
 	defer func() {
 		// The kernel has its own hold on the sockets. With ours they would
 		// not end when its does.
@@ -232,9 +232,9 @@ func (h *host) attachment(opt Options) *Attachment {
 
 // negotiate opens the connections and finds what they are connected to. They
 // are the caller's to close, also on an error.
-func (a *Attachment) negotiate(ctx context.Context) (conns []net.Conn, err error) {
+func (a *Attachment) negotiate(ctx context.Context, connections int) (conns []net.Conn, err error) {
 	export := a.opt.Export
-	for range max(a.opt.Connections, 1) {
+	for range connections {
 		if len(conns) == 1 && a.session.Flags&nbd.FlagCanMultiConn == 0 {
 			return conns, fmt.Errorf("export '%s' allows one connection, not %d", export, a.opt.Connections)
 		}

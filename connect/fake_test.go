@@ -40,18 +40,20 @@ type fakeKernel struct {
 	syncing             func() error
 	killed              func()
 
-	mu     sync.Mutex
-	config *config          // of the last connect
-	reconf *reconfiguration // the last with connections that was accepted
-	lines  fakeLines
-	log    []string
-	nodes  map[string]string // numbers of nodes, by path
+	mu      sync.Mutex
+	config  *config          // of the last connect
+	reconf  *reconfiguration // the last with connections that was accepted
+	keeps   map[net.Conn]bool
+	lines   fakeLines
+	watched int // connections, at the last
+	log     []string
+	nodes   map[string]string // numbers of nodes, by path
 }
 
 // newFake returns a host with devices nbd0 to nbd3.
 func newFake(t *testing.T) (*host, *fakeKernel) {
 	dir := t.TempDir()
-	k := &fakeKernel{t: t, nodes: map[string]string{}, lines: make(fakeLines, 100)}
+	k := &fakeKernel{t: t, nodes: map[string]string{}, keeps: map[net.Conn]bool{}, lines: make(fakeLines, 100)}
 	k.host = &host{kernel: k, sys: dir + "/sys", dev: "/dev", proc: dir + "/proc", run: dir + "/run"}
 	for i := range 4 {
 		k.device(i)
@@ -157,6 +159,9 @@ func (k *fakeKernel) reconfigure(r *reconfiguration) error {
 		return nil
 	}
 	k.reconf = r
+	for i, c := range r.conns {
+		k.keeps[c] = k.places == 0 || i < k.places
+	}
 	return nil
 }
 
@@ -171,19 +176,22 @@ func (k *fakeKernel) kill(p *os.Process) error {
 func (k *fakeKernel) kept(conns []net.Conn) ([]net.Conn, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.reconf == nil || len(conns) == 0 || k.reconf.conns[0] != conns[0] {
-		return nil, nil
+	var kept []net.Conn
+	for _, c := range conns {
+		if k.keeps[c] {
+			kept = append(kept, c)
+		}
 	}
-	if k.places > 0 {
-		return conns[:min(len(conns), k.places)], nil
-	}
-	return conns, nil
+	return kept, nil
 }
 
 // fakeLines are the places of connections that have ended.
 type fakeLines chan int
 
-func (k *fakeKernel) watch([]net.Conn) (lines, error) { return k.lines, nil }
+func (k *fakeKernel) watch(conns []net.Conn) (lines, error) {
+	k.watched = len(conns)
+	return k.lines, nil
+}
 
 func (l fakeLines) wait(ctx context.Context) ([]int, error) {
 	select {

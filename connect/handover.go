@@ -296,7 +296,7 @@ func (p *Predecessor) letGoAll() {
 // succeed takes the device from a server that lives.
 func (p *Predecessor) succeed(ctx context.Context, opt Options) (*Attachment, error) {
 	a := p.attachment(opt)
-	c, conns, err := a.look(ctx)
+	c, conns, err := a.look(ctx, a.opt.Connections)
 	for _, conn := range conns {
 		conn.Close()
 	}

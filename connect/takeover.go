@@ -238,15 +238,13 @@ func (a *Attachment) succeedDead(ctx context.Context) (taken []net.Conn, err err
 	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("%s has taken no connection, after %v", a.Path(), patience))
 	defer cancel()
 	// A socket for which the kernel has no place yet, because it has not seen
-	// the end of the old one, is ignored in silence. To send too many does no
-	// harm. Nothing is read from the device to find out: if this process died
+	// the end of the old one, is ignored in silence. Nothing is read from the device to find out: if this process died
 	// while that waits for it, its sockets would stay.
 	for first := true; ; first = false {
-		kept, err := a.connectAnew(ctx, first)
-		if err != nil {
+		if taken, err = a.connectAnew(ctx, taken, first); err != nil {
 			return nil, err
 		}
-		if taken = append(taken, kept...); len(taken) >= a.opt.Connections {
+		if len(taken) == a.opt.Connections {
 			return taken, nil
 		}
 		if err := sleep(ctx, 20*time.Millisecond); err != nil {
@@ -274,11 +272,11 @@ func (a *Attachment) become() error {
 	return a.bePatient()
 }
 
-// connectAnew negotiates and hands the connections to the kernel. The first time,
-// the device is this process's from when there are any. It returns those that
-// were taken.
-func (a *Attachment) connectAnew(ctx context.Context, first bool) ([]net.Conn, error) {
-	_, conns, err := a.look(ctx)
+// connectAnew negotiates and hands the kernel the connections that it lacks. The
+// first time, the device is this process's from when there are any. It returns all
+// that the kernel has.
+func (a *Attachment) connectAnew(ctx context.Context, taken []net.Conn, first bool) ([]net.Conn, error) {
+	_, conns, err := a.look(ctx, a.opt.Connections-len(taken))
 	if err == nil && first {
 		err = a.refused(a.become())
 	}
@@ -291,7 +289,7 @@ func (a *Attachment) connectAnew(ctx context.Context, first bool) ([]net.Conn, e
 	if err != nil {
 		return nil, err
 	}
-	return a.host.kept(conns)
+	return a.host.kept(append(taken, conns...)) // one may have ended since
 }
 
 // refused says why a device cannot be taken over.
@@ -305,9 +303,9 @@ func (a *Attachment) refused(err error) error {
 
 // look negotiates with what there is now, and compares. The connections are
 // the caller's to close, also on an error.
-func (a *Attachment) look(ctx context.Context) (*config, []net.Conn, error) {
+func (a *Attachment) look(ctx context.Context, connections int) (*config, []net.Conn, error) {
 	a.session = nil
-	conns, err := a.negotiate(ctx)
+	conns, err := a.negotiate(ctx, connections)
 	if err != nil {
 		return nil, conns, err
 	}

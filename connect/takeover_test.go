@@ -74,11 +74,11 @@ func TestTakeOver(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Two are ignored, and two that follow take a place each.
+	// Two pairs are ignored, of the third one takes a place, and another follows.
 	if diff := cmp.Diff(slices.Repeat([]string{"reconfigure 1"}, 4), k.logged()); diff != "" {
 		t.Error(diff)
 	}
-	if len(k.reconf.conns) != 2 || k.reconf.deadTimeout != 5*time.Second || k.reconf.backend != a.backend {
+	if len(k.reconf.conns) != 1 || k.reconf.deadTimeout != 5*time.Second || k.reconf.backend != a.backend {
 		t.Errorf("%+v", k.reconf)
 	}
 	if s := h.server(1); !s.alive() || s.PID != os.Getpid() || s.Image != "/other name of it" || s.Journal != "J" {

@@ -225,8 +225,8 @@ func TestAdopt(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n := reconfigurations(k); n != 2 {
-		t.Errorf("%d connections were offered", n)
+	if n := reconfigurations(k); n != 2 || k.watched != 1 {
+		t.Errorf("%d connections were offered, and %d are watched", n, k.watched)
 	}
 	if got := state(h); got != Live {
 		t.Error(got)
