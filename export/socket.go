@@ -71,12 +71,16 @@ const (
 	sendBufferTCP = 8 << 20
 )
 
+// sendBufferClients is for how many clients the kernel may hold so much: one that
+// takes nothing pins it.
+const sendBufferClients = 16
+
 // PrepareListener gives the connections that will be accepted larger send
-// buffers, if they are TCP's and this process may (CAP_NET_ADMIN): to be called
-// before it gives up what it may.
-func PrepareListener(l net.Listener) {
+// buffers, if they are TCP's, not too many (maxClients, 0: no limit) and this process
+// may (CAP_NET_ADMIN): to be called before it gives up what it may.
+func PrepareListener(l net.Listener, maxClients int) {
 	t, ok := l.(*net.TCPListener)
-	if !ok {
+	if !ok || maxClients == 0 || maxClients > sendBufferClients {
 		return
 	}
 	if rc, err := t.SyscallConn(); err == nil {

@@ -8,16 +8,16 @@ import (
 )
 
 // What is accepted has the send buffer that its listener was given, where that is
-// allowed, and otherwise what the kernel chooses.
+// allowed and there are few clients, and otherwise what the kernel chooses.
 func TestPrepareListener(t *testing.T) {
-	sndbuf := func(prepare func(net.Listener)) (size int) {
+	sndbuf := func(maxClients int) (size int) {
 		t.Helper()
 		l, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer l.Close()
-		prepare(l)
+		PrepareListener(l, maxClients)
 		client, err := net.Dial("tcp", l.Addr().String())
 		if err != nil {
 			t.Fatal(err)
@@ -45,9 +45,14 @@ func TestPrepareListener(t *testing.T) {
 	defer unix.Close(fd)
 	want := 2 * sendBufferTCP
 	if forceSendBuffer(fd, sendBufferTCP) != nil {
-		want = sndbuf(func(net.Listener) {})
+		want = sndbuf(0)
 	}
-	if got := sndbuf(PrepareListener); got != want {
+	if got := sndbuf(sendBufferClients); got != want {
 		t.Errorf("%d bytes, not %d", got, want)
+	}
+	for _, clients := range []int{0, sendBufferClients + 1} {
+		if got := sndbuf(clients); got >= 2*sendBufferTCP {
+			t.Errorf("%d bytes for each of %d clients", got, clients)
+		}
 	}
 }

@@ -46,7 +46,11 @@ func (o *serveOptions) listen(ctx context.Context) (*place, error) {
 		case o.runCommand != "" && !o.flags.Changed("port") && !o.flags.Changed("bind"):
 			p, err = listenTemporary()
 		default:
-			p, err = listenTCP(ctx, o.bind, o.port)
+			if p, err = listenTCP(ctx, o.bind, o.port); err == nil {
+				for _, l := range p.listeners {
+					export.PrepareListener(l, o.shared)
+				}
+			}
 		}
 		return err
 	})
@@ -199,7 +203,6 @@ func listenTCP(ctx context.Context, host, port string) (*place, error) {
 			}
 			continue
 		}
-		export.PrepareListener(l)
 		p.listeners = append(p.listeners, l)
 	}
 	if len(p.listeners) == 0 {

@@ -39,7 +39,7 @@ func imgnbd(name, command string) server {
 	return server{
 		name: name, ours: true, formats: both,
 		unix:   with("-k", "{socket}", "-t", "-e", "0", "-x", "disk", "-f", "{format}", "{image}"),
-		tcp:    with("-b", "127.0.0.1", "-p", "{port}", "-t", "-e", "0", "-x", "disk", "-f", "{format}", "{image}"),
+		tcp:    with("-b", "127.0.0.1", "-p", "{port}", "-t", "-e", "16", "-x", "disk", "-f", "{format}", "{image}"),
 		direct: []string{"--cache=none"},
 	}
 }
@@ -48,7 +48,7 @@ func qemuNBD(name, program, aio string) server {
 	return server{
 		name: name, formats: both, only: aio == "native",
 		unix:   []string{program, "-k", "{socket}", "-t", "-e", "0", "-x", "disk", "--aio=" + aio, "-f", "{format}", "{image}"},
-		tcp:    []string{program, "-b", "127.0.0.1", "-p", "{port}", "-t", "-e", "0", "-x", "disk", "--aio=" + aio, "-f", "{format}", "{image}"},
+		tcp:    []string{program, "-b", "127.0.0.1", "-p", "{port}", "-t", "-e", "16", "-x", "disk", "--aio=" + aio, "-f", "{format}", "{image}"},
 		direct: []string{"--cache=none"},
 	}
 }
