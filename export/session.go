@@ -111,7 +111,7 @@ func (s *session) part() {
 	if !ok || s.client.Addr.Network() != "vsock" || c.CloseWrite() != nil {
 		return
 	}
-	if s.conn.SetReadDeadline(time.Now().Add(partingTime)) == nil {
+	if s.conn.SetReadDeadline(time.Now().Add(partingTime)) == nil && !s.stopping.Load() {
 		_, _ = io.Copy(io.Discard, s.conn) // the client may be gone
 	}
 }
