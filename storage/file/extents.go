@@ -18,6 +18,8 @@ func (s *store) AppendExtents(dst []storage.Extent, off, n int64) ([]storage.Ext
 		return dst, err
 	}
 	defer s.gate.Leave()
+	s.writers.long() // a file in memory is locked while it is looked through
+	defer s.writers.longDone()
 	size, err := s.size()
 	if err != nil {
 		return dst, err

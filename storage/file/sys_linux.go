@@ -268,7 +268,7 @@ func sizeOf(fd int, block bool) (int64, error) {
 func preadNoWait(fd int, p []byte, off int64) (int, error) {
 	v := unix.Iovec{Base: unsafe.SliceData(p)}
 	v.SetLen(len(p))
-	// It may wait for a place in the queue of a disk that it asks to fetch.
+	// Not raw: it may wait for a place in the queue of the disk that it asks to fetch.
 	n, _, errno := unix.Syscall6(unix.SYS_PREADV2, uintptr(fd), uintptr(unsafe.Pointer(&v)), 1, uintptr(off), uintptr(uint64(off)>>32), unix.RWF_NOWAIT)
 	if errno != 0 {
 		return 0, errno
