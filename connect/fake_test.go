@@ -34,6 +34,7 @@ type fakeKernel struct {
 	scanErrs   []error
 	deaf       int  // reconfigurations that are ignored, since no connection has ended
 	places     int  // connections that a reconfiguration replaces; 0: all
+	ends       int  // reconfigurations before which all connections have ended
 	detached   bool // reconfigurations are refused: it stays only because it is open
 
 	unmounted, released func() // what follows that, unless nil
@@ -157,6 +158,10 @@ func (k *fakeKernel) reconfigure(r *reconfiguration) error {
 	k.note("reconfigure %d", r.index)
 	if k.deaf--; k.deaf >= 0 {
 		return nil
+	}
+	if k.reconf != nil && k.ends > 0 {
+		k.ends--
+		clear(k.keeps)
 	}
 	k.reconf = r
 	for i, c := range r.conns {

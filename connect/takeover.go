@@ -238,8 +238,9 @@ func (a *Attachment) succeedDead(ctx context.Context) (taken []net.Conn, err err
 	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("%s has taken no connection, after %v", a.Path(), patience))
 	defer cancel()
 	// A socket for which the kernel has no place yet, because it has not seen
-	// the end of the old one, is ignored in silence. Nothing is read from the device to find out: if this process died
-	// while that waits for it, its sockets would stay.
+	// the end of the old one, is ignored in silence. Nothing is read from the
+	// device to find out: if this process died while that waits for it, its
+	// sockets would stay.
 	for first := true; ; first = false {
 		if taken, err = a.connectAnew(ctx, taken, first); err != nil {
 			return nil, err

@@ -95,6 +95,20 @@ func TestTakeOver(t *testing.T) {
 	}
 }
 
+// A connection that has ended before the last was taken does not count.
+func TestTakeOverEnded(t *testing.T) {
+	h, k := newFake(t)
+	multi := peer{size: 1 << 20, flags: writable | nbd.FlagCanMultiConn, block: 4096}
+	o := orphan(t, h, multi, multi)
+	k.places, k.ends, k.log = 1, 1, nil
+	if _, err := o.TakeOver(limited(t), offer("/dev/nbd1", multi, multi)); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(slices.Repeat([]string{"reconfigure 1"}, 3), k.logged()); diff != "" {
+		t.Error(diff)
+	}
+}
+
 // Whatever is not the same is refused, naming both, and the device waits on.
 func TestTakeOverRefused(t *testing.T) {
 	readOnly := peer{size: 1 << 20, flags: nbd.FlagHasFlags | nbd.FlagReadOnly}

@@ -1,8 +1,10 @@
 package export
 
 import (
+	"io"
 	"net"
 	"path/filepath"
+	"slices"
 	"testing"
 )
 
@@ -104,6 +106,33 @@ func TestRestraint(t *testing.T) {
 	r.inVain()
 	if r.left != 1 {
 		t.Errorf("after it has paid it is skipped %d times", r.left)
+	}
+}
+
+// A hurrier notes what it is told.
+type hurrier struct {
+	stream
+	told []bool
+}
+
+func (h *hurrier) hurry(many bool) { h.told = append(h.told, many) }
+
+// One share of requests may be all there is, or part of more: it changes nothing.
+func TestHurry(t *testing.T) {
+	for served, want := range map[int][]bool{0: {false}, 1: {false}, lineShare - 1: {false}, lineShare: nil, lineShare + 1: {true}} {
+		here, there := net.Pipe()
+		defer here.Close()
+		there.Close()
+		h := &hurrier{stream: stream{here}}
+		s := &session{srv: &Server{}}
+		s.out.t = h
+		s.line.in, s.line.served = make([]byte, lineInput), served
+		if err := s.fill(); err != io.EOF {
+			t.Error(err)
+		}
+		if !slices.Equal(h.told, want) {
+			t.Errorf("after %d requests: %v, not %v", served, h.told, want)
+		}
 	}
 }
 
