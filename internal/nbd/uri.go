@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode"
 )
 
 // A URI says where an export is, as in doc/uri.md of the NBD project: nbd://,
@@ -129,8 +130,13 @@ func address(network string, p *url.URL, socket string) (string, error) {
 		}
 	}
 	if strings.Contains(host, ":") {
-		if _, err := netip.ParseAddr(host); err != nil {
+		ip, err := netip.ParseAddr(host)
+		if err != nil {
 			return "", fmt.Errorf("host %q has a colon but is no IPv6 address", host)
+		}
+		// RFC 6874 would have it escaped, which net/url does not read back.
+		if strings.ContainsFunc(ip.Zone(), func(r rune) bool { return r > unicode.MaxASCII }) {
+			return "", fmt.Errorf("zone %q is not ASCII", ip.Zone())
 		}
 	}
 	if _, err := strconv.ParseUint(port, 10, bits); err != nil {

@@ -65,6 +65,7 @@ func TestURIRefused(t *testing.T) {
 		"nbd://host/?socket=/s":                "socket",
 		"nbd://host/?tls-typ=psk":              "tls-typ",
 		"nbd://::":                             "colon",
+		"nbd://[::%25\xe1]/":                   "zone",
 		"nbd://a:b:1/":                         "colon",
 		"nbd://a:secret@host/":                 "password",
 		"nbd://host/%00":                       "NUL",
