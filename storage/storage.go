@@ -54,7 +54,7 @@ type Store interface {
 	WriteZeroes(off, n int64, flags WriteFlags) error
 
 	// Discard says that the range is not needed. Afterwards each byte reads
-	// as before or as zero. It never changes the size. A store that cannot
+	// as before, as at the last Sync or as zero. It never changes the size. A store that cannot
 	// give space back returns nil and does nothing.
 	Discard(off, n int64) error
 

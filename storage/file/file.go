@@ -120,6 +120,7 @@ type store struct {
 	begins bool // tryNoWait has the kernel fetch what is not in the page cache
 	// What the medium answered EOPNOTSUPP to; it is not asked again.
 	noTry, noPunch, noZero, noSeek, noDiscard atomic.Bool
+	punches                                   atomic.Bool // the block device can
 }
 
 // A tryMethod is a way to read without waiting.
@@ -138,6 +139,7 @@ func newStore(f *os.File, n *node, opt storage.Options) (*store, error) {
 		return nil, err
 	}
 	s.begins, s.raw = n.begins, n.raw && !opt.Direct
+	s.noPunch.Store(n.noPunch)
 	s.info = n.info
 	s.info.URL = &url.URL{Scheme: "file", Path: f.Name()}
 	s.info.ReadOnly = opt.Access == storage.Read

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"net"
 	"net/url"
@@ -84,9 +85,14 @@ func requireRoot(t testing.TB) {
 // loopDevice attaches a file of size bytes as a block device.
 func loopDevice(t testing.TB, size int64, sector string) string {
 	t.Helper()
+	return loopDeviceIn(t, t.TempDir(), size, sector)
+}
+
+func loopDeviceIn(t testing.TB, dir string, size int64, sector string) string {
+	t.Helper()
 	qemu.Require(t, "losetup")
 	requireRoot(t)
-	path := filepath.Join(t.TempDir(), "device")
+	path := filepath.Join(dir, "device")
 	pass(t, os.WriteFile(path, bytes.Repeat([]byte{0xdb}, int(size)), 0o600))
 	device := strings.TrimSpace(qemu.Run(t, "losetup", "--show", "--find", "--sector-size", sector, path))
 	t.Cleanup(func() { qemu.Run(t, "losetup", "--detach", device) })
@@ -230,6 +236,47 @@ func TestBlockDevice(t *testing.T) {
 	p := make([]byte, 7)
 	if _, err := s.ReadAt(p, 1<<20-7); err != nil || p[6] != 0xdb {
 		t.Errorf("reading a read-only device: %x, %v", p, err)
+	}
+}
+
+// A device that cannot zero fast does not lose what was written when it is asked to,
+// and neither does one of which that was not known.
+func TestBlockDeviceWithoutFastZero(t *testing.T) {
+	requireRoot(t)
+	dir := t.TempDir()
+	pass(t, unix.Mount("none", dir, "ramfs", 0, ""))
+	t.Cleanup(func() { pass(t, unix.Unmount(dir, 0)) })
+	device := loopDeviceIn(t, dir, 1<<20, "512")
+	for name, call := range map[string]func(*store) error{
+		"fast zero": func(s *store) error {
+			err := s.WriteZeroes(0, 1<<20, storage.FastOnly|storage.MayUnmap)
+			wantErr(t, err, errors.ErrUnsupported)
+			return nil
+		},
+		"discard": func(s *store) error { return s.Discard(0, 1<<20) },
+	} {
+		for _, known := range []bool{true, false} {
+			t.Run(fmt.Sprint(name, ", known ", known), func(t *testing.T) {
+				s := mustOpen(t, device, storage.Options{Access: storage.Write})
+				if s.Info().FastZero {
+					t.Fatal("a loop device on ramfs zeroes fast")
+				}
+				if !known {
+					s.noPunch.Store(false)
+				}
+				old, new := bytes.Repeat([]byte{1}, 1<<20), bytes.Repeat([]byte{2}, 1<<20)
+				pass(t, s.WriteAt(old, 0, 0))
+				pass(t, s.Sync())
+				pass(t, s.WriteAt(new, 0, 0))
+				pass(t, call(s))
+				got := make([]byte, 1<<20)
+				_, err := s.ReadAt(got, 0)
+				pass(t, err)
+				if !bytes.Equal(got, new) {
+					t.Errorf("reads %d where 2 was written last", got[0])
+				}
+			})
+		}
 	}
 }
 

@@ -146,7 +146,8 @@ func examine(fd int, before *unix.Stat_t, opt storage.Options) (*node, error) {
 	n.begins = n.try == tryNoWait && !opt.Direct && since(5, 9)
 
 	writable := opt.Access != storage.Read
-	n.info.FastZero = writable && (!n.block || queueAttr(disk, "write_zeroes_max_bytes") > 0)
+	n.noPunch = n.block && queueAttr(disk, "write_zeroes_max_bytes") <= 0
+	n.info.FastZero = writable && !n.noPunch
 	n.info.Discard = writable && (!n.block || queueAttr(disk, "discard_max_bytes") > 0)
 	n.info.Rotational = queueAttr(disk, "rotational") > 0
 	n.info.QueueDepth = 32

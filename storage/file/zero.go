@@ -124,7 +124,21 @@ func (s *store) enterToDiscard(off, n int64) error {
 	return s.enter(off, n)
 }
 
-func (s *store) punch(off, n int64) error { return s.ask(&s.noPunch, off, n, punchHole) }
+// punch gives the range back. Of a device the kernel forgets what is in the page
+// cache first, also if it then finds that the device cannot: so until that has been
+// seen to work, what was written is safe on the device before.
+func (s *store) punch(off, n int64) error {
+	if s.block && !s.noPunch.Load() && !s.punches.Load() {
+		if err := s.barrier.sync(s.datasync); err != nil {
+			return err
+		}
+	}
+	err := s.ask(&s.noPunch, off, n, punchHole)
+	if err == nil && s.block && !s.punches.Load() {
+		s.punches.Store(true)
+	}
+	return err
+}
 
 func (s *store) zeroRange(off, n int64) error { return s.ask(&s.noZero, off, n, zeroRange) }
 
