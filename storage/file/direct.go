@@ -1,7 +1,6 @@
 package file
 
 import (
-	"io"
 	"math"
 	"slices"
 	"sync"
@@ -18,6 +17,7 @@ type direct struct {
 	memory  uintptr // addresses too, of this
 	buffers *bufferPool
 	ranges  rangeLock
+	cached  int // a descriptor of the file through the page cache; -1: a device, or only read
 }
 
 func newDirect(n *node) *direct {
@@ -25,7 +25,17 @@ func newDirect(n *node) *direct {
 		block:   n.directBlock,
 		memory:  n.directMemory,
 		buffers: newBufferPool(int(roundUp(256<<10, n.directBlock)), int(n.directMemory), 32),
+		cached:  n.cached,
 	}
+}
+
+// close gives back what d has. Nothing may be in use.
+func (d *direct) close() error {
+	d.buffers.free()
+	if d.cached < 0 {
+		return nil
+	}
+	return syscall.Close(d.cached)
 }
 
 func (d *direct) alignedMemory(p []byte) bool {
@@ -104,7 +114,9 @@ func (d *direct) writeBlocks(s *store, p []byte, off int64) error {
 	return nil
 }
 
-// patch writes p, which lies within one block.
+// patch writes p, which lies within one block. That in which a file ends goes
+// through the page cache: written whole, it would lengthen the file until what is too
+// much is cut off, and for good if the process dies in between.
 func (d *direct) patch(s *store, p []byte, off int64) error {
 	if len(p) == 0 {
 		return nil
@@ -118,34 +130,19 @@ func (d *direct) patch(s *store, p []byte, off int64) error {
 	start := roundDown(off, d.block)
 
 	held := d.ranges.lock(start, start+d.block, true)
-	size, err := s.size()
-	tail := err == nil && size < start+d.block
-	if tail {
-		// The last block of a file is written whole and what is too much then
-		// cut off, so nobody else may lengthen the file meanwhile.
-		d.ranges.unlock(held)
-		held = d.ranges.lock(start, math.MaxInt64, true)
-		size, err = s.size()
-		tail = size < start+d.block
-	}
 	defer d.ranges.unlock(held)
+	size, err := s.size()
 	if err != nil {
 		return err
 	}
-	n, err := readFull(s.fd, buf, start, d.block)
-	if err != nil && err != io.EOF {
+	if d.cached >= 0 && size < start+d.block {
+		return writeFull(d.cached, p, off)
+	}
+	if _, err := readFull(s.fd, buf, start, d.block); err != nil {
 		return err
 	}
-	clear(buf[n:])
 	copy(buf[off-start:], p)
-	err = writeFull(s.fd, buf, start)
-	if tail {
-		size = max(size, off+int64(len(p)))
-		if err2 := retry(func() error { return syscall.Ftruncate(s.fd, size) }); err == nil {
-			err = err2
-		}
-	}
-	return err
+	return writeFull(s.fd, buf, start)
 }
 
 // lockRange keeps blocks of [off, off+n) from being changed in part until the

@@ -8,6 +8,7 @@
 package file
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -63,6 +64,9 @@ func Open(ctx context.Context, u *url.URL, opt storage.Options) (storage.Store, 
 	s, err := newStore(f, n, opt)
 	if err != nil {
 		f.Close()
+		if n.cached >= 0 {
+			syscall.Close(n.cached)
+		}
 		return nil, err
 	}
 	return s, nil
@@ -308,7 +312,7 @@ func (s *store) Close() error {
 	unlockImage(s.fd)
 	err := cause(s.file.Close())
 	if s.direct != nil {
-		s.direct.buffers.free()
+		err = cmp.Or(err, s.direct.close())
 	}
 	return err
 }

@@ -167,6 +167,45 @@ func TestSuiteOnFileSystems(t *testing.T) {
 }
 
 // Who waits for a buffer holds no lock, or all could wait for each other.
+// What is written to the block in which a file ends never lengthens the file, not
+// even for a moment, in which a process could be killed.
+func TestDirectTail(t *testing.T) {
+	const size = 5*4096 + 700
+	path := filepath.Join(t.TempDir(), "file")
+	pass(t, os.WriteFile(path, make([]byte, size), 0o600))
+	skipWithoutDirect(t, onDisk, storage.Options{Access: storage.WriteGrow, Direct: true})
+	s := mustOpen(t, path, storage.Options{Access: storage.WriteGrow, Direct: true})
+	want := make([]byte, size)
+	written := make(chan struct{})
+	go func() {
+		defer close(written)
+		for i := range 300 {
+			p := bytes.Repeat([]byte{byte(i)}, 100+i)
+			copy(want[size-len(p):], p)
+			if err := s.WriteAt(p, size-int64(len(p)), 0); err != nil {
+				t.Error(err)
+			}
+		}
+	}()
+	for wait := true; wait; {
+		select {
+		case <-written:
+			wait = false
+		default:
+			if now, err := s.Size(); err != nil || now != size {
+				t.Errorf("the file has %d bytes, %v, not %d", now, err, size)
+				<-written
+			}
+		}
+	}
+	got := make([]byte, size)
+	_, err := s.ReadAt(got, 0)
+	pass(t, err)
+	if !bytes.Equal(got, want) {
+		t.Error("what was written does not read back")
+	}
+}
+
 func TestDirectWithOneBuffer(t *testing.T) {
 	skipWithoutDirect(t, onDisk, storage.Options{Access: storage.WriteGrow, Direct: true})
 	s := mustOpen(t, filepath.Join(t.TempDir(), "file"), storage.Options{Access: storage.WriteGrow, Create: true, Direct: true})

@@ -23,6 +23,7 @@ type node struct {
 	sector       int64   // of a block device, in bytes
 	directBlock  int64   // what direct I/O demands of offsets and lengths
 	directMemory uintptr // and of memory
+	cached       int     // with direct I/O, a descriptor without, to write to a file; else -1
 }
 
 // checkKind says what is wrong with a node of this mode, if anything is.

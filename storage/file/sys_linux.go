@@ -44,10 +44,7 @@ func openNode(path string, opt storage.Options) (*node, error) {
 	if opt.Direct {
 		flags |= unix.O_DIRECT
 	}
-	fd, err := open("/proc/self/fd/"+strconv.Itoa(held), flags, 0)
-	if err == unix.ENOENT { // no /proc
-		fd, err = open(path, flags, 0)
-	}
+	fd, err := openHeld(held, path, flags)
 	switch {
 	case err == unix.EINVAL && opt.Direct:
 		return nil, &storage.Hint{
@@ -58,11 +55,39 @@ func openNode(path string, opt storage.Options) (*node, error) {
 		return nil, err
 	}
 	n, err := examine(fd, &before, opt)
+	if err == nil && opt.Direct && !n.block && opt.Access != storage.Read {
+		if n.cached, err = openHeld(held, path, flags&^unix.O_DIRECT); err == nil {
+			if err = checkSame(n.cached, &before); err != nil {
+				unix.Close(n.cached)
+			}
+		}
+	}
 	if err != nil {
 		unix.Close(fd)
 		return nil, err
 	}
 	return n, nil
+}
+
+// openHeld opens the node that held refers to and path named.
+func openHeld(held int, path string, flags int) (int, error) {
+	fd, err := open("/proc/self/fd/"+strconv.Itoa(held), flags, 0)
+	if err == unix.ENOENT { // no /proc
+		fd, err = open(path, flags, 0)
+	}
+	return fd, err
+}
+
+// checkSame says whether fd is of the node that was held.
+func checkSame(fd int, held *unix.Stat_t) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	if st.Dev != held.Dev || st.Ino != held.Ino || st.Mode&unix.S_IFMT != held.Mode&unix.S_IFMT {
+		return errors.New("was replaced while it was opened")
+	}
+	return nil
 }
 
 // hold returns a descriptor that refers to the node without opening it.
@@ -100,14 +125,10 @@ func syncDir(dir string) error {
 	return err
 }
 
-// examine says what fd is; before is what was held.
-func examine(fd int, before *unix.Stat_t, opt storage.Options) (*node, error) {
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
+// examine says what fd is, which has to be of the node that st tells of.
+func examine(fd int, st *unix.Stat_t, opt storage.Options) (*node, error) {
+	if err := checkSame(fd, st); err != nil {
 		return nil, err
-	}
-	if st.Dev != before.Dev || st.Ino != before.Ino || st.Mode&unix.S_IFMT != before.Mode&unix.S_IFMT {
-		return nil, errors.New("was replaced while it was opened")
 	}
 	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
 	if err == nil {
@@ -118,7 +139,7 @@ func examine(fd int, before *unix.Stat_t, opt storage.Options) (*node, error) {
 	}
 
 	page := int64(os.Getpagesize())
-	n := &node{fd: fd, block: st.Mode&unix.S_IFMT == unix.S_IFBLK, try: tryNoWait, sector: 512}
+	n := &node{fd: fd, cached: -1, block: st.Mode&unix.S_IFMT == unix.S_IFBLK, try: tryNoWait, sector: 512}
 	disk := st.Dev
 	n.info.ID = fmt.Sprintf("file %d:%d %d", unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino)
 	n.info.Generation = born(fd)

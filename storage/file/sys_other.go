@@ -34,7 +34,7 @@ func openNode(path string, opt storage.Options) (*node, error) {
 	} else if err := checkKind(uint32(before.Mode)); err != nil {
 		return nil, err
 	}
-	n := &node{sector: 512}
+	n := &node{cached: -1, sector: 512}
 	err = retry(func() error {
 		n.fd, err = syscall.Open(path, flags, 0o644)
 		return err
