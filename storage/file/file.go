@@ -118,7 +118,7 @@ type store struct {
 	barrier barrier
 	direct  *direct // nil: through the page cache
 	raw     bool    // short calls are raw
-	writers writers
+	writers *writers
 
 	try    tryMethod
 	begins bool // tryNoWait has the kernel fetch what is not in the page cache
@@ -158,6 +158,7 @@ func newStore(f *os.File, n *node, opt storage.Options) (*store, error) {
 			return nil, err
 		}
 	}
+	s.writers = join(s.info.ID)
 	return s, nil
 }
 
@@ -310,6 +311,7 @@ func (s *store) Close() error {
 		return fs.ErrClosed
 	}
 	unlockImage(s.fd)
+	s.writers.part(s.info.ID)
 	err := cause(s.file.Close())
 	if s.direct != nil {
 		err = cmp.Or(err, s.direct.close())
