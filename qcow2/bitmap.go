@@ -276,14 +276,16 @@ func (b *bitmapReader) appendDirty(dst []image.DirtyExtent, off, end int64) ([]i
 }
 
 // run returns the value of a bit and how many of that value begin there. Bits
-// may be set meanwhile.
+// may be set meanwhile, so each word is loaded once: a second load may
+// contradict the first.
 func run(words []uint64, bit int64) (set bool, n int64) {
 	i, shift := bit/64, uint(bit%64)
+	first := atomic.LoadUint64(&words[i])
 	flip := uint64(0)
-	if set = words[i]>>shift&1 != 0; set {
+	if set = first>>shift&1 != 0; set {
 		flip = ^uint64(0)
 	}
-	if w := (atomic.LoadUint64(&words[i]) ^ flip) >> shift; w != 0 {
+	if w := (first ^ flip) >> shift; w != 0 {
 		return set, int64(bits.TrailingZeros64(w))
 	}
 	n = 64 - int64(shift)

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -407,6 +408,43 @@ func TestSetBits(t *testing.T) {
 					t.Fatalf("%d to %d: bit %d is %v", first, last, i, got)
 				}
 			}
+		}
+	}
+}
+
+// What is said of a bitmap describes all that was asked for, part by part, also
+// while its bits are set.
+func TestBitmapIsAskedWhileItRecords(t *testing.T) {
+	file := qemu.Create(t, "qcow2", "", "1M")
+	qemu.Img(t, "bitmap", "--add", "-g", "64k", file, "b")
+	im := openWritable(t, file)
+	defer im.Close()
+	b, err := im.Bitmap("b")
+	if err != nil {
+		t.Fatal(err)
+	}
+	live := im.bitmaps[0].live
+	var stop atomic.Bool
+	var recorder sync.WaitGroup
+	defer recorder.Wait()
+	defer stop.Store(true)
+	recorder.Go(func() {
+		for !stop.Load() {
+			im.writer.record(512, 512)
+			atomic.StoreUint64(&live[0], 0) // to be set again
+		}
+	})
+	for range 1_000_000 {
+		at := int64(512) // within a granule
+		x, err := b.AppendDirty(nil, at, 64<<10)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range x {
+			if e.Offset != at || e.Length <= 0 {
+				t.Fatalf("%+v at %d", x, at)
+			}
+			at += e.Length
 		}
 	}
 }
