@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"math"
 	"math/rand/v2"
 	"strings"
 	"sync"
@@ -228,6 +229,48 @@ func TestHostileHeaders(t *testing.T) {
 				t.Errorf("got %v, want %q", err, tt.want)
 			}
 		})
+	}
+}
+
+// A snapshot tells the size of its disk itself: as large as an L1 table can be
+// it is served to its end, and anything more is refused.
+func TestHostileSnapshotSizes(t *testing.T) {
+	sel := image.SnapshotSelector{Any: "1"}
+	open := func(t *testing.T, clusterBits uint32, size uint64) (image.Device, error) {
+		x := build(clusterBits, 1<<20)
+		x.data(0, 1)
+		at := x.alloc(1)
+		x.h.snapshotCount, x.h.snapshotOffset = 1, uint64(at)
+		x.put(at, x.h.l1Offset)
+		x.put(at+8, uint64(x.h.l1Size)<<32|1<<16) // an id of one byte
+		x.put(at+32, 16)                          // bytes of extra data
+		x.put(at+snapshotFixed+8, size)
+		copy(x.b[at+snapshotFixed+16:], sel.Any)
+		return x.open(t).OpenSnapshot(sel)
+	}
+	for _, bits := range []uint32{9, 16, 21} {
+		g := newGeometry(&header{version: 3, clusterBits: bits, refcountOrder: 4})
+		most := maxL1Size / 8 * g.tableSpan()
+		d, err := open(t, bits, uint64(most))
+		if err != nil {
+			t.Errorf("2^%d: %v", bits, err)
+			continue
+		}
+		p := bytes.Repeat([]byte{9}, 1024)
+		if _, err := d.ReadAt(p, most-1024); err != nil || !bytes.Equal(p, make([]byte, len(p))) {
+			t.Errorf("2^%d: the end: %v", bits, err)
+		}
+		if exts, err := d.AppendExtents(nil, most-1024, 1024, image.WantZero); err != nil || len(exts) != 1 || exts[0].Length != 1024 {
+			t.Errorf("2^%d: the end: %+v, %v", bits, exts, err)
+		}
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+		for _, size := range []uint64{uint64(most) + 512, math.MaxInt64 - 1<<maxClusterBits, math.MaxInt64, 1 << 63, math.MaxUint64} {
+			if _, err := open(t, bits, size); !errors.Is(err, image.ErrCorrupt) {
+				t.Errorf("2^%d: %d bytes: %v", bits, size, err)
+			}
+		}
 	}
 }
 

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"math"
 	"time"
 
 	"github.com/imgnbd/imgnbd/image"
@@ -124,7 +123,8 @@ func (im *Image) OpenSnapshot(sel image.SnapshotSelector) (image.Device, error) 
 	if err := im.header.checkTable("Snapshot L1 table", sn.l1At, uint64(sn.l1Size), 8, maxL1Size); err != nil {
 		return nil, fmt.Errorf("snapshot %q: %w", sn.Name, err)
 	}
-	if sn.Size < 0 || sn.Size > math.MaxInt64-1<<maxClusterBits {
+	// No L1 table covers more. Near 2^63, sums of offsets would overflow.
+	if sn.Size < 0 || im.geo.l1Entries(sn.Size) > maxL1Size/8 {
 		return nil, fmt.Errorf("snapshot %q: %w", sn.Name, corrupt("the disk is too big"))
 	}
 	d, err := newDisk(im.files, im.name, int64(sn.l1At), int(sn.l1Size), sn.Size, im.opt.l2Budget())
