@@ -217,7 +217,9 @@ func (r *refcounts) lookAhead(tail int64) int64 {
 
 // extend makes refcount blocks, and a larger table if need be, ahead of the
 // allocator's tail, and moves limit over what they cover. They lie at the tail
-// themselves, and count themselves where nothing covers it yet.
+// themselves, and count themselves where nothing covers it yet. Their counts
+// are raised as those of all clusters are: to read one can fail, and nothing
+// may be half made then.
 //
 // What they cover can be handed out from now on: a link to it is in the next
 // batch at the earliest, which writes entries only after the sync that makes
@@ -298,8 +300,8 @@ func (r *refcounts) placeBlock(a *allocator, i int64) error {
 	r.blank[i] = true
 	r.unknown[i] = true
 	a.limit = max(a.limit, r.covered(a.limit))
-	_, err := r.add(host, +1)
-	return err
+	a.change(hostRun{host, 1}, +1)
+	return nil
 }
 
 // growTable doubles the table, in memory, or makes it as large as the tail
@@ -323,15 +325,8 @@ func (r *refcounts) growTable(a *allocator) (bool, error) {
 	}
 	r.grown.at = hostRun{a.tail, n}
 	a.tail += n
-	if err := r.tables.add(r.g, r.grown.at); err != nil {
-		return false, err
-	}
-	for c := r.grown.at.first; c < r.grown.at.end(); c++ {
-		if _, err := r.add(c, +1); err != nil {
-			return false, err
-		}
-	}
-	return true, nil
+	a.change(r.grown.at, +1)
+	return true, r.tables.add(r.g, r.grown.at)
 }
 
 // writeCounts hands to the store, as part of stage A: the counts that changed,

@@ -73,6 +73,11 @@ func (f *faultRun) run(r *rand.Rand) {
 
 func TestFaults(t *testing.T) {
 	shared := writeRecipe{io: []string{"write -P 1 0 200k", "write -z 64k 32k"}, after: [][]string{{"snapshot", "-c", "one", "FILE"}}}
+	// Of the blocks that count these clusters no sector is known when more are
+	// needed, and each has several.
+	blocks := writeRecipe{size: 2 << 20, io: []string{"write -P 1 0 1200k"}}
+	grows := writeRecipe{size: 20 << 20, io: []string{"write -P 1 0 15m"}}
+	full := writeRecipe{size: 20 << 20, io: []string{"write -P 1 0 16122k"}} // the first commit finds one cluster left that has a block
 	compressed := writeRecipe{io: []string{"write -c -P 1 0 64k", "write -c -P 2 128k 16k", "write -P 3 160k 32k"}}
 	for _, tt := range []struct {
 		name, options string
@@ -90,12 +95,15 @@ func TestFaults(t *testing.T) {
 		{"compressed write ENOSPC", "cluster_size=1k", storagetest.OpWrite, storagetest.Failure{Err: syscall.ENOSPC}, &compressed},
 		{"compressed read EIO", "cluster_size=1k", storagetest.OpRead, storagetest.Failure{Err: syscall.EIO}, &compressed},
 		{"subclusters write EIO", "extended_l2=on,cluster_size=16k", storagetest.OpWrite, storagetest.Failure{Err: syscall.EIO}, &shared},
+		{"new refcount block read EIO", "cluster_size=4k,refcount_bits=64", storagetest.OpRead, storagetest.Failure{Err: syscall.EIO}, &blocks},
+		{"larger refcount table read EIO", "cluster_size=1k,refcount_bits=64", storagetest.OpRead, storagetest.Failure{Err: syscall.EIO}, &grows},
+		{"full refcount table read EIO", "cluster_size=1k,refcount_bits=64", storagetest.OpRead, storagetest.Failure{Err: syscall.EIO}, &full},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			blank, content := memImage(t, tt.options, "256k", 0).Bytes(), make([]byte, 256<<10)
 			if tt.contents != nil {
 				r := *tt.contents
-				r.options, r.size = tt.options, int64(len(content))
+				r.options, r.size = tt.options, max(r.size, int64(len(content)))
 				var file string
 				var err error
 				file, content = r.make(t)
