@@ -1,11 +1,14 @@
 package qcow2
 
 import (
+	"encoding/binary"
 	"errors"
 	"math/rand/v2"
 	"os"
 	"reflect"
 	"strconv"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"unsafe"
 
@@ -153,6 +156,43 @@ func TestCrashAfterFaults(t *testing.T) {
 		}
 		if err := s.verify(60, 0, &tally); err != nil {
 			t.Fatalf("seed %d, %s: %v", seed, s.kind.name, err)
+		}
+	}
+	t.Logf("%+v; requests failed in %d runs", tally, failed)
+	if failed == 0 {
+		t.Error("no request failed")
+	}
+}
+
+// A new block whose own count cannot be read at first is linked by a later
+// batch, and before anything that it covers.
+func TestCrashAfterUnreadCounts(t *testing.T) {
+	kind := simKind{name: "half a block", options: "cluster_size=512,refcount_bits=64", size: 512 << 10, hot: 512 << 10, workers: 2, ops: 60,
+		before: []string{"write -P 1 0 14k"}}
+	h, err := parseHeader(simBlank(t, &kind))
+	if err != nil {
+		t.Fatal(err)
+	}
+	block := int64(binary.BigEndian.Uint64(simBlank(t, &kind)[h.refTableOffset:]))
+	var tally simTally
+	failed := 0
+	for seed := range crashRuns(20) {
+		s := newSim(t, &kind, seed, defects{})
+		var reads atomic.Int64
+		s.inject = func(op storagetest.Op) *storagetest.Failure {
+			if op.Kind == storagetest.OpRead && op.Offset == block && reads.Add(1) <= 1+int64(seed%3) {
+				return &storagetest.Failure{Err: syscall.EIO}
+			}
+			return nil
+		}
+		if err := s.run(); err != nil {
+			t.Fatal(err)
+		}
+		if s.failed > 0 {
+			failed++
+		}
+		if err := s.verify(60, 0, &tally); err != nil {
+			t.Fatalf("seed %d: %v", seed, err)
 		}
 	}
 	t.Logf("%+v; requests failed in %d runs", tally, failed)

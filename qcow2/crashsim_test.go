@@ -74,6 +74,7 @@ type sim struct {
 	defects defects
 	log     *storagetest.Log
 	store   *storagetest.Recorder
+	inject  storagetest.Injector  // what of the store fails besides what log does; nil: nothing
 	data    *storagetest.Recorder // nil: no external data file
 	backing []byte
 	initial []byte        // what the disk read as before
@@ -276,10 +277,12 @@ func (s *sim) end(o *simOp, err error) {
 // run carries out the workload, and leaves the image as it is after a last
 // flush, without closing it.
 func (s *sim) run() error {
-	im, err := s.open(s.store, s.data, s.journal, s.log)
+	store := storagetest.Fault(s.store, nil)
+	im, err := s.open(store, s.data, s.journal, s.log)
 	if err != nil {
 		return err
 	}
+	store.Inject(s.inject)
 	var wg sync.WaitGroup
 	for w := range s.kind.workers {
 		wg.Go(func() {

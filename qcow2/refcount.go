@@ -35,7 +35,7 @@ type refcounts struct {
 	unknown map[int64]bool  // ranges in made, or in a batch that has not ended
 	commit  func() error    // commits everything, for cover
 	grown   *grownTable     // a larger table that the header does not point to yet
-	retry   bool            // a batch failed after it took made: see writeTable
+	retry   bool            // a batch failed while there was something to link: see link
 
 	sectors map[int64]*countSector // by cluster / counts per sector
 	dirty   []int64                // keys of sectors
@@ -424,8 +424,8 @@ func (r *refcounts) cut() countBatch {
 }
 
 // link writes, as part of stage B, the pointers to blocks and table. Clusters
-// that they cover may be linked in this very batch if an earlier one that had
-// made them failed; then it syncs before it returns (R11).
+// that they cover may be linked in this very batch if the one that was to link
+// them failed; then it syncs before it returns (R11).
 func (r *refcounts) link(b *countBatch, sync func() error) error {
 	capacity := int64(len(r.table))
 	if b.grown != nil {
@@ -474,7 +474,7 @@ func (r *refcounts) settle(b *countBatch, ok bool) (old hostRun) {
 	if b.grown != nil {
 		b.grown.taken = false
 	}
-	r.retry = r.retry || !b.empty()
+	r.retry = r.retry || r.pending() // also if it failed before it took what is made
 	return hostRun{}
 }
 
