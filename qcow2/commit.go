@@ -45,6 +45,7 @@ type committer struct {
 	counts []countChange // taken from the allocator, not carried out
 	kept   []reference   // dropped by entries that are still to be made durable
 	grace  []graceItem   // dropped durably, perhaps still known to requests and replies
+	late   []reference   // known to nobody any more, and of a count that could not be read
 	unmap  bool          // give the host back the space that requests gave up
 
 	condemned atomic.Bool // the image was found to be corrupt
@@ -470,22 +471,48 @@ func (c *committer) reclaim() error {
 }
 
 // lowerShared takes one reference from each cluster of r, and frees those that
-// had no other. What is done is cut off r.
+// had no other. What is done, or has to wait, is cut off r.
 func (c *committer) lowerShared(r *hostRun, unwanted bool) error {
 	for r.n > 0 {
 		n, err := c.refs.count(r.first)
-		if err == nil {
-			if n == 1 {
-				err = c.free(hostRun{r.first, 1}, unwanted)
-			} else {
-				_, err = c.refs.add(r.first, -1)
-			}
+		switch {
+		case err != nil && c.refs.postpone(r.first, err):
+			c.late = append(c.late, reference{hostRun{r.first, 1}, true, unwanted})
+			err = nil
+		case err != nil:
+		case n == 1:
+			err = c.free(hostRun{r.first, 1}, unwanted)
+		default:
+			_, err = c.refs.add(r.first, -1)
 		}
 		if err != nil {
 			return c.condemn(err)
 		}
 		r.first++
 		r.n--
+	}
+	return nil
+}
+
+// lowerLate lowers what had to wait and commits that, for who has the committer
+// to himself. What still cannot be lowered leaks.
+func (c *committer) lowerLate() error {
+	if len(c.refs.late) == 0 && len(c.late) == 0 {
+		return nil
+	}
+	unread := c.condemn(c.refs.lowerLate())
+	late := c.late
+	c.late = nil
+	for i := range late {
+		if err := c.lowerShared(&late[i].hostRun, late[i].unwanted); err != nil {
+			return err
+		}
+	}
+	if err := c.once(); err != nil {
+		return err
+	}
+	if unread != nil {
+		return fmt.Errorf("clusters that were given up still count as used: %w", unread)
 	}
 	return nil
 }

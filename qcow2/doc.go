@@ -105,8 +105,10 @@
 //
 // Errors leave the state as it was. A request that fails before it links gives
 // back what it took. A batch that fails is dirty again, whole, and the next
-// commit tries again. Only a failed sync is for good: the host forgets which
-// pages it could not write, and a later sync tells nothing about them.
+// commit tries again. A count that cannot be read fails the batches that raise
+// it; to be lowered it waits, and is a leak at worst. Only a failed sync is for
+// good: the host forgets which pages it could not write, and a later sync tells
+// nothing about them.
 //
 // # Bitmaps
 //

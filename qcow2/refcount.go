@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -37,8 +38,9 @@ type refcounts struct {
 	grown   *grownTable     // a larger table that the header does not point to yet
 	retry   bool            // a batch failed while there was something to link: see link
 
-	sectors map[int64]*countSector // by cluster / counts per sector
-	dirty   []int64                // keys of sectors
+	sectors map[int64]*countSector   // by cluster / counts per sector
+	dirty   []int64                  // keys of sectors
+	late    map[int64]map[int64]bool // clusters to be lowered, by the key of a sector that could not be read
 
 	scanned int64 // clusters below were looked at for free ones
 	scanEnd int64
@@ -63,7 +65,7 @@ type grownTable struct {
 // openRefcounts reads the refcount table. end is how many clusters the store
 // can ever hold.
 func openRefcounts(store storage.Store, g *geometry, at, clusters, end int64, d *defects) (*refcounts, error) {
-	r := &refcounts{store: store, g: g, end: end, defects: d, tableAt: at, sectors: map[int64]*countSector{}, blank: map[int64]bool{}, unknown: map[int64]bool{}}
+	r := &refcounts{store: store, g: g, end: end, defects: d, tableAt: at, sectors: map[int64]*countSector{}, blank: map[int64]bool{}, unknown: map[int64]bool{}, late: map[int64]map[int64]bool{}}
 	b := make([]byte, clusters<<g.clusterBits)
 	if err := readZeroPadded(store, b, at); err != nil {
 		return nil, fmt.Errorf("refcount table at %#x: %w", at, err)
@@ -140,7 +142,8 @@ func (r *refcounts) position(c int64) int64 {
 	return r.table[c>>r.g.refBlockBits].host() + in<<r.g.refcountOrder>>3
 }
 
-// sector returns the cached sector with the count of c.
+// sector returns the cached sector with the count of c. What waited for it to be
+// read is carried out.
 func (r *refcounts) sector(c int64) (*countSector, error) {
 	key := c / r.perSector()
 	if s := r.sectors[key]; s != nil {
@@ -157,11 +160,72 @@ func (r *refcounts) sector(c int64) (*countSector, error) {
 		}
 	}
 	r.sectors[key] = s
+	late := r.late[key]
+	delete(r.late, key)
+	for c := range late {
+		if _, err := r.add(c, -1); err != nil {
+			return nil, err
+		}
+	}
 	return s, nil
 }
 
-// count returns the refcount of host cluster c.
+// raise raises the count of c from zero.
+func (r *refcounts) raise(c int64) error {
+	if late := r.late[c/r.perSector()]; late[c] {
+		delete(late, c) // it was not lowered yet
+		return nil
+	}
+	_, err := r.add(c, +1)
+	return err
+}
+
+// lower lowers the count of c, later if it cannot be read now: until then c is
+// a leak at worst, and nobody else has to suffer.
+func (r *refcounts) lower(c int64) error {
+	if !r.waits(c) {
+		_, err := r.add(c, -1)
+		if err == nil || !r.postpone(c, err) {
+			return err
+		}
+	}
+	r.late[c/r.perSector()][c] = true
+	return nil
+}
+
+// waits reports whether what lowers the count of c has to wait.
+func (r *refcounts) waits(c int64) bool { return r.late[c/r.perSector()] != nil }
+
+// postpone makes what lowers counts of the sector of c wait, if err is that it
+// cannot be read, and reports whether it is.
+func (r *refcounts) postpone(c int64, err error) bool {
+	if errors.Is(err, image.ErrCorrupt) {
+		return false
+	}
+	if !r.waits(c) {
+		r.late[c/r.perSector()] = map[int64]bool{}
+	}
+	return true
+}
+
+var errUnread = errors.New("refcounts that could not be read")
+
+// lowerLate tries once more to lower what waits. It returns why some of it
+// cannot be lowered now either.
+func (r *refcounts) lowerLate() (err error) {
+	for key := range r.late {
+		_, unread := r.sector(key * r.perSector())
+		err = first(err, unread)
+	}
+	return err
+}
+
+// count returns the refcount of host cluster c. It does not try again to read
+// what could not be read.
 func (r *refcounts) count(c int64) (uint64, error) {
+	if r.waits(c) {
+		return 0, errUnread
+	}
 	s, err := r.sector(c)
 	if err != nil {
 		return 0, err
@@ -197,9 +261,12 @@ func (r *refcounts) soil(c int64, s *countSector) {
 // apply carries out changes in order. On an error it returns what is left.
 func (r *refcounts) apply(changes []countChange) ([]countChange, error) {
 	for len(changes) > 0 {
-		ch := &changes[0]
+		ch, do := &changes[0], r.raise
+		if ch.delta < 0 {
+			do = r.lower
+		}
 		for ch.n > 0 {
-			if _, err := r.add(ch.first, ch.delta); err != nil {
+			if err := do(ch.first); err != nil {
 				return changes, err
 			}
 			ch.first++
@@ -510,7 +577,10 @@ func (r *refcounts) scan(a *allocator) error {
 	per := int64(len(buf)) * 8 >> r.g.refcountOrder
 	from := r.scanned &^ (per - 1)
 	if err := readZeroPadded(r.store, buf, r.position(from)); err != nil {
-		return fmt.Errorf("refcount block at %#x: %w", r.table[from>>r.g.refBlockBits].host(), err)
+		// What is free there stays unknown: whoever got it could not count it.
+		r.scanned = min(from+per, r.scanEnd)
+		a.looked()
+		return nil
 	}
 	for k := range int64(len(buf)) / countSectorSize {
 		if s := r.sectors[from/r.perSector()+k]; s != nil {

@@ -173,3 +173,81 @@ func TestFaults(t *testing.T) {
 		})
 	}
 }
+
+// A sector of counts that cannot be read is in the way of nobody but who needs
+// a count of it raised: what was to be lowered waits, until the image is closed
+// at the latest.
+func TestUnreadableCounts(t *testing.T) {
+	const cluster = 4096
+	for _, tt := range []struct {
+		name  string
+		after [][]string
+		first bool // it cannot be read from the start
+		heals bool
+	}{
+		{name: "own"},
+		{name: "own, heals", heals: true},
+		{name: "own, from the start", first: true},
+		{name: "shared", after: [][]string{{"snapshot", "-c", "one", "FILE"}}},
+		{name: "shared, heals", after: [][]string{{"snapshot", "-c", "one", "FILE"}}, heals: true},
+		{name: "no longer shared", after: [][]string{{"snapshot", "-c", "one", "FILE"}, {"snapshot", "-d", "one", "FILE"}}, heals: true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := writeRecipe{options: "cluster_size=4k", size: 64 << 20, io: []string{"write -P 1 0 5M"}, after: tt.after}
+			file, content := r.make(t)
+			img, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			mem := storagetest.MemOf(img)
+			store := storagetest.Fault(mem, nil)
+			im, err := Open(context.Background(), store, image.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			must := func(err error) {
+				t.Helper()
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+			write := func(off int64) {
+				t.Helper()
+				for i := range int64(cluster) {
+					content[off+i] = byte(off / cluster)
+				}
+				must(im.WriteAt(content[off:off+cluster], off, 0))
+				must(im.Flush())
+			}
+			if !tt.first {
+				write(32 << 20) // with what is read for that
+			}
+			refs := im.writer.commit.refs
+			lost := host(t, im, 2<<20) / cluster
+			at := refs.position(lost / refs.perSector() * refs.perSector())
+			store.Inject(storagetest.Within(storagetest.OpRead, at, countSectorSize, storagetest.Failure{Err: syscall.EIO}))
+			// One is given up, one replaced; and again, as all of it is at hand.
+			for off := int64(2 << 20); off < 2<<20+4*cluster; off += 2 * cluster {
+				must(im.Discard(off, cluster))
+				clear(content[off : off+cluster])
+				must(im.Flush())
+				write(off + cluster)
+				write(off + 33<<20)
+				write(off + 34<<20)
+			}
+			if len(store.Injected()) == 0 {
+				t.Error("that sector was not needed")
+			}
+			if tt.heals {
+				store.Inject(nil)
+			}
+			if err := im.Close(); tt.heals != (err == nil) || err != nil && !errors.Is(err, syscall.EIO) {
+				t.Errorf("close: %v", err)
+			}
+			v := crashJudge(mem.Bytes(), nil, nil)
+			if len(v.corrupt) > 0 || tt.heals && v.leaks > 0 || !bytes.Equal(v.guest, content) {
+				t.Errorf("%v, %d leaks, contents as written: %v", v.corrupt, v.leaks, bytes.Equal(v.guest, content))
+			}
+		})
+	}
+}

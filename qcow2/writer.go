@@ -398,6 +398,7 @@ func (w *writer) close() error {
 	if w.marks {
 		err = w.storeRecordings()
 	}
+	err = errors.Join(err, w.commit.lowerLate())
 	if w.journal != nil {
 		w.journal.void() // with or without bitmaps
 		if w.marks && w.seal != 0 {
