@@ -454,7 +454,7 @@ func (c *committer) reclaim() error {
 			return nil
 		}
 		if item.shared {
-			if err := c.lowerShared(&item.hostRun, item.unwanted); err != nil {
+			if err := c.lowerShared(item.hostRun, item.unwanted); err != nil {
 				return err
 			}
 		} else if !c.defects.lowerEarly {
@@ -471,25 +471,23 @@ func (c *committer) reclaim() error {
 }
 
 // lowerShared takes one reference from each cluster of r, and frees those that
-// had no other. What is done, or has to wait, is cut off r.
-func (c *committer) lowerShared(r *hostRun, unwanted bool) error {
-	for r.n > 0 {
-		n, err := c.refs.count(r.first)
+// had no other. It fails only where the image is corrupt.
+func (c *committer) lowerShared(r hostRun, unwanted bool) error {
+	for k := r.first; k < r.end(); k++ {
+		n, err := c.refs.count(k)
 		switch {
-		case err != nil && c.refs.postpone(r.first, err):
-			c.late = append(c.late, reference{hostRun{r.first, 1}, true, unwanted})
+		case err != nil && c.refs.postpone(k, err):
+			c.late = append(c.late, reference{hostRun{k, 1}, true, unwanted})
 			err = nil
 		case err != nil:
 		case n == 1:
-			err = c.free(hostRun{r.first, 1}, unwanted)
+			err = c.free(hostRun{k, 1}, unwanted)
 		default:
-			_, err = c.refs.add(r.first, -1)
+			_, err = c.refs.add(k, -1)
 		}
 		if err != nil {
 			return c.condemn(err)
 		}
-		r.first++
-		r.n--
 	}
 	return nil
 }
@@ -503,8 +501,8 @@ func (c *committer) lowerLate() error {
 	unread := c.condemn(c.refs.lowerLate())
 	late := c.late
 	c.late = nil
-	for i := range late {
-		if err := c.lowerShared(&late[i].hostRun, late[i].unwanted); err != nil {
+	for _, r := range late {
+		if err := c.lowerShared(r.hostRun, r.unwanted); err != nil {
 			return err
 		}
 	}

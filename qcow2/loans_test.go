@@ -2,10 +2,12 @@ package qcow2
 
 import (
 	"bytes"
+	"os"
 	"testing"
 
 	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/internal/test/qemu"
+	"github.com/imgnbd/imgnbd/storage/storagetest"
 )
 
 // place returns where the cluster at off lies, as it may be told.
@@ -88,6 +90,43 @@ func TestLoans(t *testing.T) {
 			must(im.Flush())
 			must(im.Close())
 			qemu.Check(t, writeOut(t, store))
+		})
+	}
+}
+
+// What others may still use is lent again once the reference that was given up
+// has been taken off, as is all else.
+func TestLoansOfSharedClusters(t *testing.T) {
+	for name, r := range map[string]writeRecipe{
+		"snapshot":   {io: []string{"write -P 1 0 1M"}, after: [][]string{{"snapshot", "-c", "one", "FILE"}}},
+		"compressed": {io: []string{"write -c -P 1 0 192k", "write -P 1 512k 64k"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r.size = 4 << 20
+			file, _ := r.make(t)
+			b, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			im := openMem(t, storagetest.MemOf(b))
+			defer im.Close()
+			if place(t, im, 512<<10).Store == nil {
+				t.Fatal("no location is given")
+			}
+			if err := im.WriteAt(bytes.Repeat([]byte{2}, 64<<10), 0, 0); err != nil {
+				t.Fatal(err)
+			}
+			for range 4 { // the entry, the count, and time to spare
+				if err := im.Flush(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if place(t, im, 512<<10).Store == nil {
+				t.Error("no location is given any more")
+			}
+			if n := im.loans.waiting.Load(); n != 0 {
+				t.Errorf("%d clusters wait", n)
+			}
 		})
 	}
 }

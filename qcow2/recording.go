@@ -258,8 +258,8 @@ func (w *writer) storeRecordings() error {
 		if err := w.writeFlags(r, 0); err != nil {
 			return err
 		}
-		for k := range r.old {
-			if err := c.lowerShared(&r.old[k], false); err != nil {
+		for _, old := range r.old {
+			if err := c.lowerShared(old, false); err != nil {
 				return err
 			}
 		}
