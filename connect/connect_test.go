@@ -346,6 +346,37 @@ func TestRecord(t *testing.T) {
 	}
 }
 
+// Nobody else can open a record: who could might lock it, and so be taken for
+// its server. That also goes for a directory that was open to all before.
+func TestRecordPrivate(t *testing.T) {
+	private := func(h *host) {
+		t.Helper()
+		if st, err := os.Stat(h.run); err != nil || st.Mode().Perm() != 0o700 {
+			t.Errorf("%v, %v", st.Mode(), err)
+		}
+	}
+	h, _ := newFake(t)
+	attach(t, h, offer("/dev/nbd0", disk))
+	private(h)
+	if st, err := os.Stat(h.recordPath(0)); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("%v, %v", st.Mode(), err)
+	}
+	open := func() {
+		if err := os.Chmod(h.run, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	open()
+	a := attach(t, h, offer("/dev/nbd1", disk))
+	private(h)
+	open()
+	a.record.f.Close() // the server dies
+	if p, err := h.findPredecessor(limited(t), "/dev/nbd1", "", false); p == nil || err != nil {
+		t.Fatal(p, err)
+	}
+	private(h)
+}
+
 // A device whose server has died is detached without a flush, which nobody
 // could take.
 func TestDead(t *testing.T) {

@@ -55,15 +55,24 @@ func (r *record) write() error {
 
 func (h *host) recordPath(index int) string { return filepath.Join(h.run, name(index)+".json") }
 
+// makeRun makes the directory of the records, and closes one that others may
+// enter: who can open a record can lock it, and is taken for its server.
+func (h *host) makeRun() error {
+	if err := os.MkdirAll(h.run, 0o755); err != nil {
+		return err
+	}
+	return os.Chmod(h.run, 0o700)
+}
+
 // newRecord waits for the server that had the device before, which may still
 // be writing to its image.
 func (h *host) newRecord(ctx context.Context, index int, r Record) (*record, error) {
-	if err := os.MkdirAll(h.run, 0o755); err != nil {
+	if err := h.makeRun(); err != nil {
 		return nil, err
 	}
 	path := h.recordPath(index)
 	for {
-		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
+		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 		if err != nil {
 			return nil, err
 		}

@@ -99,6 +99,9 @@ func (h *host) findPredecessor(ctx context.Context, device, server string, live 
 		if !s.known() || s.Server != server || s.Direct {
 			return nil, nil
 		}
+		if err := h.makeRun(); err != nil {
+			return nil, err
+		}
 		f, err := os.OpenFile(s.path, os.O_RDWR, 0)
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil, nil

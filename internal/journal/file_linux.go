@@ -401,7 +401,7 @@ func openDir(path string, making bool) (int, error) {
 	case err != nil:
 	case !inMemory(&fs):
 		err = errNotMemory
-	case !private(&st):
+	case int(st.Uid) != unix.Geteuid() || st.Mode&0o022 != 0:
 		err = errors.New("is not a directory of this user alone")
 	}
 	if err != nil {

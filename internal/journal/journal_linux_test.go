@@ -214,7 +214,7 @@ func overwrite(t *testing.T, path string, at int, text string) {
 // for long, or would the machine, no journal is kept.
 func TestJournalPlaces(t *testing.T) {
 	shared := memory(t)
-	if err := os.Mkdir(shared, 0o755); err != nil {
+	if err := errors.Join(os.Mkdir(shared, 0), os.Chmod(shared, 0o770)); err != nil {
 		t.Fatal(err)
 	}
 	target, link := memory(t), memory(t)
@@ -253,6 +253,15 @@ func TestJournalPlaces(t *testing.T) {
 		t.Errorf("it is in %s, not in the directory that can be used", f.Name())
 	} else {
 		f.Close()
+	}
+
+	// Others may know that it is there.
+	seen := memory(t)
+	if err := errors.Join(os.Mkdir(seen, 0), os.Chmod(seen, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	if err := open(t, &Files{Dirs: []string{seen}}, disk).Close(); err != nil {
+		t.Error(err)
 	}
 
 	// A file that is not ours is not touched.
