@@ -12,7 +12,7 @@ import (
 
 // Create makes an empty image of a format, overwriting what is there unless
 // somebody uses it. The image is durable on return. Files that were not there
-// before are gone if it fails.
+// before are gone if it fails, also with the cause of ctx when that is cancelled.
 func (c *Chain) Create(ctx context.Context, name, format string, opt CreateOptions) error {
 	src, err := parseName(name)
 	if err != nil {
@@ -54,7 +54,10 @@ func (c *Chain) create(ctx context.Context, src source, format string, opt Creat
 	if err := f.Create(ctx, s, opt); err != nil {
 		return err
 	}
-	return s.Sync()
+	if err := s.Sync(); err != nil {
+		return err
+	}
+	return context.Cause(ctx)
 }
 
 // A maker opens what is about to be overwritten, and knows what it made.
@@ -81,7 +84,53 @@ func (m *maker) open(ctx context.Context, src source) (storage.Store, error) {
 			return nil, errors.Join(err, s.Close())
 		}
 	}
-	return s, err
+	if err != nil {
+		return nil, err
+	}
+	return &cancellable{s, ctx}, nil
+}
+
+// A cancellable store writes no more once ctx is cancelled. Formats need not look
+// for that, however much they write.
+type cancellable struct {
+	storage.Store
+	ctx context.Context
+}
+
+func (s *cancellable) WriteAt(p []byte, off int64, flags storage.WriteFlags) error {
+	if err := context.Cause(s.ctx); err != nil {
+		return err
+	}
+	return s.Store.WriteAt(p, off, flags)
+}
+
+// WriteZeroes goes in pieces: the store below may have to write them.
+func (s *cancellable) WriteZeroes(off, n int64, flags storage.WriteFlags) error {
+	const piece = 1 << 30
+	for {
+		if err := context.Cause(s.ctx); err != nil {
+			return err
+		}
+		part := min(n, piece)
+		if err := s.Store.WriteZeroes(off, part, flags); err != nil || part == n {
+			return err
+		}
+		off, n = off+part, n-part
+	}
+}
+
+func (s *cancellable) Truncate(size int64) error {
+	if err := context.Cause(s.ctx); err != nil {
+		return err
+	}
+	return s.Store.Truncate(size)
+}
+
+func (s *cancellable) Sync() error {
+	if err := context.Cause(s.ctx); err != nil {
+		return err
+	}
+	return s.Store.Sync()
 }
 
 // openBeside is open for what the image base, which lies in s, will name.

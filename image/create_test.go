@@ -67,6 +67,39 @@ func TestCreateRemoves(t *testing.T) {
 	}
 }
 
+// Whatever a format is doing when Create is cancelled, it goes no further, and
+// nothing remains.
+func TestCreateCancelled(t *testing.T) {
+	ended := errors.New("ended")
+	for name, step := range map[string]func(storage.Store) error{
+		"write":    func(s storage.Store) error { return s.WriteAt([]byte("TOY\n"), 0, 0) },
+		"zero":     func(s storage.Store) error { return s.WriteZeroes(0, 4096, 0) },
+		"truncate": func(s storage.Store) error { return s.Truncate(4096) },
+		"sync":     func(s storage.Store) error { return s.Sync() },
+		"nothing":  func(storage.Store) error { return nil },
+	} {
+		d := newDir(t)
+		ctx, cancel := context.WithCancelCause(t.Context())
+		f := toy()
+		f.Create = func(ctx context.Context, s storage.Store, opt image.CreateOptions) error {
+			data, err := opt.NewStore(ctx, "data")
+			if err != nil {
+				return err
+			}
+			cancel(ended)
+			return errors.Join(step(s), step(data), data.Close())
+		}
+		c := d.chain
+		c.Formats = []image.Format{f}
+		if err := c.Create(ctx, filepath.Join(d.path, "new"), f.Name, image.CreateOptions{}); !errors.Is(err, ended) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if entries, err := os.ReadDir(d.path); err != nil || len(entries) > 0 {
+			t.Errorf("%s: %v remain, %v", name, entries, err)
+		}
+	}
+}
+
 func TestParseSize(t *testing.T) {
 	const bad, big = math.MaxUint64, math.MaxUint64 - 1
 	for s, want := range map[string]uint64{

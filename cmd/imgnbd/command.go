@@ -7,6 +7,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/pflag"
 )
@@ -50,7 +51,21 @@ func process() int {
 	}
 	u := newUI(args[0], os.Stdin, os.Stdout, os.Stderr)
 	u.alone = true
-	return u.fail(dispatch(u, args[1:]))
+	err := dispatch(u, args[1:])
+	code := u.fail(err)
+	if e, ok := errors.AsType[*signalled](err); ok {
+		endBy(e.signal)
+	}
+	return code
+}
+
+// endBy ends the process by a signal, which nobody catches any more. It returns
+// only if that does not work.
+func endBy(s os.Signal) {
+	self, err := os.FindProcess(os.Getpid())
+	if err == nil && self.Signal(s) == nil {
+		time.Sleep(time.Second) // another thread may be the one that gets it
+	}
 }
 
 // run is the program within another. It returns the exit status.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"os"
+	"os/signal"
 	"slices"
 	"strings"
 	"syscall"
@@ -154,7 +155,35 @@ func (o *createOptions) create(u *ui, file string, size *uint64, params []image.
 	if !o.quiet {
 		u.printf("Formatting '%s', fmt=%s %s\n", file, f.Name, p.text())
 	}
-	return createWords(f, images.Create(context.Background(), file, f.Name, opt))
+	return cancelledBySignals(func(ctx context.Context) error {
+		return createWords(f, images.Create(ctx, file, f.Name, opt))
+	})
+}
+
+// cancelledBySignals calls work, and cancels it when a signal asks for the end. More
+// of them change nothing: what was begun is cleared away before the process ends.
+func cancelledBySignals(work func(context.Context) error) error {
+	signals := make(chan os.Signal, 1)
+	for _, s := range []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
+		if !signal.Ignored(s) { // as with nohup
+			signal.Notify(signals, s)
+		}
+	}
+	defer signal.Stop(signals)
+	ctx, cancel := context.WithCancelCause(context.Background())
+	defer cancel(nil)
+	done := make(chan error, 1)
+	go func() { done <- work(ctx) }()
+	select {
+	case err := <-done:
+		return err
+	case s := <-signals:
+		cancel(fmt.Errorf("ended by a signal: %v", s))
+		if err := <-done; err != nil {
+			return &signalled{s, err}
+		}
+		return nil // it came too late
+	}
 }
 
 func isFormat(name string) bool {

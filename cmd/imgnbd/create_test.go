@@ -6,7 +6,9 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -225,6 +227,49 @@ func TestCreateSpares(t *testing.T) {
 	stdin.Close()
 	if err := user.Wait(); err != nil {
 		t.Error(err)
+	}
+}
+
+// A signal ends create, and what it had begun to make is gone, also if another
+// signal follows at once.
+func TestCreateSignalled(t *testing.T) {
+	for name, test := range map[string]struct {
+		sig  syscall.Signal
+		args string
+	}{
+		"qcow2":       {syscall.SIGINT, "-f qcow2 -o preallocation=full"},
+		"raw":         {syscall.SIGTERM, "-f raw -o preallocation=full"},
+		"a data file": {syscall.SIGHUP, "-f qcow2 -o preallocation=full,data_file=data"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Chdir(t.TempDir())
+			cmd := exec.Command("imgnbd", append(strings.Fields("create -q new 1T"), strings.Fields(test.args)...)...)
+			var stderr strings.Builder
+			cmd.Stderr = &stderr
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			kill := time.AfterFunc(deadline, func() { cmd.Process.Kill() })
+			defer kill.Stop()
+			for begun := false; !begun; time.Sleep(time.Millisecond) {
+				_, err := os.Stat("new")
+				begun = err == nil
+			}
+			if err := cmd.Process.Signal(test.sig); err != nil {
+				t.Fatal(err)
+			}
+			cmd.Process.Signal(test.sig) // unless it has ended
+			cmd.Wait()
+			if st := cmd.ProcessState.Sys().(syscall.WaitStatus); !st.Signaled() || st.Signal() != test.sig {
+				t.Errorf("ended with %v\n%s", cmd.ProcessState, &stderr)
+			}
+			if left, err := os.ReadDir("."); err != nil || len(left) > 0 {
+				t.Errorf("%v remain, %v", left, err)
+			}
+			if want := "imgnbd: new: ended by a signal: "; !strings.HasPrefix(stderr.String(), want) {
+				t.Errorf("%q", &stderr)
+			}
+		})
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -78,6 +79,17 @@ func (e *exit) Error() string {
 }
 
 func (e *exit) Unwrap() error { return e.err }
+
+// A signalled ends the program by a signal that it has caught, for its parent to
+// see: a shell leaves its loop then.
+type signalled struct {
+	signal os.Signal
+	err    error
+}
+
+func (e *signalled) Error() string { return e.err.Error() }
+
+func (e *signalled) Unwrap() error { return e.err }
 
 // A usage is a mistake in the command line.
 type usage struct {
