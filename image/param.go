@@ -19,6 +19,12 @@ type CreateParam struct {
 	Refused string // why it is known and not taken; "" if it is
 }
 
+// What to do in place of the parameters of the host's file, of every format.
+const (
+	NoCOWAdvice      = "turn off copy-on-write for the directory: chattr +C"
+	ExtentSizeAdvice = "set the hint of the directory: xfs_io -c 'extsize SIZE'"
+)
+
 // A ParamKind is the syntax of a parameter's value.
 type ParamKind uint8
 

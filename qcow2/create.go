@@ -51,6 +51,8 @@ func createParams() []image.CreateParam {
 		{Name: "data_file_raw", Kind: image.BoolParam, Help: "The external data file must stay valid as a raw image"},
 		{Name: "lazy_refcounts", Kind: image.BoolParam, Default: "off", Help: "Postpone refcount updates"},
 		{Name: "refcount_bits", Kind: image.NumberParam, Default: "16", Help: "Width of a reference count entry in bits"},
+		{Name: "nocow", Kind: image.BoolParam, Refused: image.NoCOWAdvice},
+		{Name: "extent_size_hint", Kind: image.SizeParam, Refused: image.ExtentSizeAdvice},
 	}
 }
 

@@ -14,9 +14,9 @@ import (
 func createParams() []image.CreateParam {
 	return []image.CreateParam{
 		{Name: "size", Kind: image.SizeParam, Help: "Virtual disk size"},
-		{Name: "nocow", Kind: image.BoolParam, Refused: "turn off copy-on-write for the directory: chattr +C"},
+		{Name: "nocow", Kind: image.BoolParam, Refused: image.NoCOWAdvice},
 		{Name: "preallocation", Help: "Preallocation mode (allowed values: off, falloc, full)"},
-		{Name: "extent_size_hint", Kind: image.SizeParam, Refused: "set the hint of the directory: xfs_io -c 'extsize SIZE'"},
+		{Name: "extent_size_hint", Kind: image.SizeParam, Refused: image.ExtentSizeAdvice},
 	}
 }
 

@@ -304,13 +304,9 @@ func (p *newImageParams) find(name string) *image.CreateParam {
 	return &p.table[i]
 }
 
-// set sets a parameter; the last one counts. A word that begins with "no"
-// switches off what the rest of it names.
+// set sets a parameter; the last one counts.
 func (p *newImageParams) set(name, v string) error {
 	c := p.find(name)
-	if rest, ok := strings.CutPrefix(name, "no"); c == nil && ok && v == "on" {
-		c, name, v = p.find(rest), rest, "off"
-	}
 	switch {
 	case c == nil:
 		return says("Invalid parameter '%s'", name)

@@ -352,7 +352,7 @@ func parseSnapshot(s string) (*image.SnapshotSelector, error) {
 
 // keyValues splits QEMU's key=value,key=value. A comma in a value is written
 // twice; a first element without "=" is the value of implied; a key elsewhere
-// without "=" is switched on.
+// without "=" is switched on, or off if it begins with "no".
 func keyValues(s, implied string) []image.Param {
 	var params []image.Param
 	for s != "" {
@@ -368,6 +368,9 @@ func keyValues(s, implied string) []image.Param {
 		default:
 			p.Value = "on"
 			p.Key, s, _ = strings.Cut(s, ",")
+			if key, off := strings.CutPrefix(p.Key, "no"); off {
+				p.Key, p.Value = key, "off"
+			}
 		}
 		params = append(params, p)
 	}
