@@ -3,8 +3,10 @@ package qcow2
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 
 	"github.com/imgnbd/imgnbd/image"
@@ -121,6 +123,34 @@ func TestDeviceFull(t *testing.T) {
 	}
 	if err := judgeFile(writeOut(t, s), want); err != nil {
 		t.Error(err)
+	}
+}
+
+// What lies behind the end of a device is not handed out, though there are
+// counts for it and others of them are not zero.
+func TestDeviceEndsBeforeItsCounts(t *testing.T) {
+	img := memImage(t, "cluster_size=4k", "1M", 512<<10).Bytes()
+	block := binary.BigEndian.Uint64(img[binary.BigEndian.Uint64(img[48:]):])
+	binary.BigEndian.PutUint16(img[block+200*2:], 1)
+	mem := storagetest.MemOf(img, storagetest.FixedSize)
+	var behind atomic.Bool
+	im := openMem(t, storagetest.Fault(mem, func(op storagetest.Op) *storagetest.Failure {
+		if op.Kind&storagetest.OpChange != 0 && op.Offset+op.Length > int64(len(img)) {
+			behind.Store(true)
+		}
+		return nil
+	}))
+	p := bytes.Repeat([]byte{7}, 4096)
+	for off := int64(0); off < 1<<20; off += 4096 {
+		if err := im.WriteAt(p, off, 0); err != nil && !storage.NoSpace(err) {
+			t.Fatal(err)
+		}
+	}
+	if err := im.Close(); err != nil {
+		t.Error(err)
+	}
+	if behind.Load() {
+		t.Error("the image was to be written behind the end of the device")
 	}
 }
 

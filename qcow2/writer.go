@@ -73,6 +73,7 @@ func newWriter(d *disk, h *header, snapshots []snapshot, bitmaps []bitmap, opt *
 	if tail, err = refs.lastUsed(max(tail, tables.end())); err != nil {
 		return nil, err
 	}
+	tail = min(tail, end) // whatever is counted behind what the store can hold
 	if info.NewReadsZero && !info.FixedSize {
 		fresh = tail
 	}
