@@ -17,6 +17,7 @@ const (
 	maxCountSectors = 2048     // kept while clean
 	countRunSize    = 64 << 10 // bytes; the largest write of counts, and the step of a scan
 	maxLookAhead    = 64 << 20 // bytes of clusters that can be handed out between two commits
+	maxLastUsed     = 64 << 20 // bytes of counts that lastUsed reads: in a sparse file zeros cost nothing
 )
 
 // refcounts is the refcount table and a cache of its blocks, in units of a
@@ -104,15 +105,21 @@ func (r *refcounts) covered(c int64) int64 {
 }
 
 // lastUsed returns one more than the last cluster at or above from whose count
-// is not zero; from if there is none.
+// is not zero; from if there is none. If it is not found soon that is the first
+// cluster behind which all counts are known to be zero: what is free before it
+// the scan finds.
 func (r *refcounts) lastUsed(from int64) (int64, error) {
 	buf := make([]byte, min(r.g.clusterSize, countRunSize))
 	per := int64(len(buf)) * 8 >> r.g.refcountOrder
+	room := int64(maxLastUsed)
 	for i := int64(len(r.table)) - 1; i >= from>>r.g.refBlockBits; i-- {
 		if r.table[i] == 0 {
 			continue
 		}
 		for c := (i+1)<<r.g.refBlockBits - per; c >= i<<r.g.refBlockBits; c -= per {
+			if room -= int64(len(buf)); room < 0 {
+				return max(c+per, from), nil
+			}
 			if err := readZeroPadded(r.store, buf, r.position(c)); err != nil {
 				return 0, fmt.Errorf("refcount block at %#x: %w", r.table[i].host(), err)
 			}

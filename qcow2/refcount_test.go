@@ -3,6 +3,7 @@ package qcow2
 import (
 	"testing"
 
+	"github.com/imgnbd/imgnbd/storage"
 	"github.com/imgnbd/imgnbd/storage/storagetest"
 )
 
@@ -54,6 +55,38 @@ func TestLastUsed(t *testing.T) {
 			if got, err := r.lastUsed(0); err != nil || got != last+1 {
 				t.Fatalf("order %d, cluster %d: got %d, %v", order, last, got, err)
 			}
+		}
+	}
+}
+
+// A zeroStore is empty, and counts what is read of it.
+type zeroStore struct {
+	storage.Store
+	read int64
+}
+
+func (s *zeroStore) ReadAt(p []byte, _ int64) (int, error) {
+	clear(p)
+	s.read += int64(len(p))
+	return len(p), nil
+}
+
+// However many counts are zero, few are read to find the last one that is not.
+// Clusters that were not looked at count as used.
+func TestLastUsedReadsLittle(t *testing.T) {
+	for _, blocks := range []int64{1, 31, 32, 33, 1 << 17} {
+		s := new(zeroStore)
+		g := &geometry{clusterBits: 21, clusterSize: 2 << 20, refcountOrder: 4, refBlockBits: 20}
+		r := &refcounts{store: s, g: g, table: make([]refTableEntry, blocks)}
+		for i := range r.table {
+			r.table[i] = refTableEntry(i+1) << 21
+		}
+		got, err := r.lastUsed(5)
+		if want := max(5, (blocks-32)<<20); err != nil || got != want {
+			t.Errorf("%d blocks: got %d, %v, want %d", blocks, got, err, want)
+		}
+		if s.read > 64<<20 {
+			t.Errorf("%d blocks: %d bytes were read", blocks, s.read)
 		}
 	}
 }

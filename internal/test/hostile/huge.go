@@ -13,6 +13,7 @@ func Huge() []Image {
 		sameTables("one L2 table of 2 MiB, four million times", 21, 0),
 		sameTables("four million L2 tables in a hole", 9, 512),
 		oneBlock(),
+		emptyBlocks(),
 		manySnapshots(),
 		manyExtensions(),
 		wideBitmaps(),
@@ -88,6 +89,16 @@ func oneBlock() Image {
 		binary.BigEndian.PutUint64(table[i:], 2*cs)
 	}
 	return Image{Name: "one refcount block, a million times", Size: 1 << 40, Parts: []Part{{0, b}, {4 * cs, table}}}
+}
+
+// emptyBlocks has 131,072 refcount blocks of 1 MiB, all but the first in a hole.
+func emptyBlocks() Image {
+	const cs, blocks = 1 << 20, 1 << 17
+	b := small(20, 1<<30, 1, 3*cs)
+	for i := uint64(1); i < blocks; i++ {
+		binary.BigEndian.PutUint64(b[cs+i*8:], (3+i)*cs)
+	}
+	return Image{Name: "128 GiB of refcounts, all zero", Size: (3 + blocks) * cs, Parts: []Part{{0, b}}, Slow: true}
 }
 
 // manySnapshots has 65,536 snapshots with an L1 table of 32 MiB each, which
