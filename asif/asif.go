@@ -133,7 +133,7 @@ func (d *Disk) TryReadAt(p []byte, off int64) error {
 	return nil
 }
 
-// maxSteps bounds the work of one AppendExtents: it may stop early.
+// maxSteps bounds the work of one AppendExtents, which may find few extents.
 const maxSteps = 4096
 
 func (d *Disk) AppendExtents(dst []image.Extent, off, n int64, _ image.Want) ([]image.Extent, error) {
@@ -145,7 +145,7 @@ func (d *Disk) AppendExtents(dst []image.Extent, off, n int64, _ image.Want) ([]
 	}
 	defer d.gate.Leave()
 	first := len(dst)
-	for end, step := off+n, 0; off < end && step < maxSteps; step++ {
+	for end, step := off+n, 0; off < end && step < maxSteps && len(dst)-first < image.MaxExtents; step++ {
 		s, err := d.m.next(off, end-off, false)
 		if err != nil {
 			if len(dst) > first {

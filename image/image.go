@@ -55,7 +55,9 @@ type Device interface {
 	// AppendExtents appends a prefix of the description of [off, off+n), n > 0:
 	// at least one extent, the first starting exactly at off, each following
 	// the one before, none past off+n. want says what has to be right; the
-	// rest may be left at its zero value or be coarser.
+	// rest may be left at its zero value or be coarser. However large n is, an
+	// answer has no more than MaxExtents, and ends early rather than take long
+	// to find: who wants the rest asks for it.
 	AppendExtents(dst []Extent, off, n int64, want Want) ([]Extent, error)
 
 	// Pin keeps the locations valid that are asked for until Release.
@@ -91,6 +93,9 @@ type Extent struct {
 	Depth          int      // the layer that holds it: 0 is the top; meaningful if Allocated
 	At             Location // where its bytes lie; At.Store is nil if they lie nowhere as they are
 }
+
+// MaxExtents is how many extents one answer of AppendExtents has at most.
+const MaxExtents = 64
 
 // A Location is the host position of an extent; the extent's bytes lie there
 // verbatim. It holds while the Pin that was taken before the question is held:

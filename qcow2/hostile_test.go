@@ -17,6 +17,7 @@ import (
 	"github.com/klauspost/compress/flate"
 
 	"github.com/imgnbd/imgnbd/image"
+	"github.com/imgnbd/imgnbd/storage"
 	"github.com/imgnbd/imgnbd/storage/storagetest"
 )
 
@@ -690,4 +691,110 @@ func FuzzDecode(f *testing.F) {
 			_ = w.inflate.inflate(p, b)
 		}
 	})
+}
+
+// alternating is an image whose clusters are data and holes by turns. All its
+// L2 tables are one.
+func alternating(clusterBits uint32, size int64) *builder {
+	x := build(clusterBits, size)
+	x.data(0, 1)
+	table, data := x.l2(0), binary.BigEndian.Uint64(x.b[x.l2(0):])
+	for i := int64(0); i < x.cs; i += 16 {
+		x.put(table+i, data)
+	}
+	for i := range int64(x.h.l1Size) {
+		x.put(int64(x.h.l1Offset)+8*i, uint64(table))
+	}
+	return x
+}
+
+// countExtents counts the questions for extents.
+type countExtents struct {
+	image.Device
+	n int
+}
+
+func (c *countExtents) AppendExtents(dst []image.Extent, off, n int64, want image.Want) ([]image.Extent, error) {
+	c.n++
+	return c.Device.AppendExtents(dst, off, n, want)
+}
+
+// A few small images can describe a disk in as many pieces as the lowest could
+// have clusters, and all that may be told as one extent. An answer looks at few.
+func TestHostileExtents(t *testing.T) {
+	const size = 64 << 20
+	bottom := &countExtents{Device: alternating(9, size).open(t)}
+	var top image.Device = bottom
+	for _, x := range []*builder{alternating(13, size), alternating(17, size), build(16, size)} {
+		x.h.backing = "below"
+		im, err := Open(context.Background(), storagetest.MemOf(x.bytes()), image.Options{ReadOnly: true, Refs: backedBy{top}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		top = im
+	}
+	defer top.Close()
+	for want := range image.WantLocation * 2 {
+		bottom.n = 0
+		exts, err := top.AppendExtents(nil, 0, size, want)
+		if err != nil || len(exts) > image.MaxExtents || bottom.n > 1 {
+			t.Errorf("want %d: %d extents, the lowest image was asked %d times, %v", want, len(exts), bottom.n, err)
+		}
+	}
+}
+
+// Space that was allocated ahead is holes wherever nothing was written yet. One
+// answer looks at a part of them.
+func TestPreallocatedExtents(t *testing.T) {
+	const size = 4 << 20
+	x := build(16, size)
+	for off := int64(0); off < size; off += x.cs {
+		x.data(off, 1)
+	}
+	mem := storagetest.MemOf(x.bytes())
+	for off := int64(0); off < size; off += 8 << 10 {
+		host := l2Entry(binary.BigEndian.Uint64(x.b[x.l2(off):])).host() + off%x.cs
+		if err := mem.Discard(host, 4<<10); err != nil {
+			t.Fatal(err)
+		}
+	}
+	asked := 0
+	store := storagetest.Fault(mem, func(op storagetest.Op) *storagetest.Failure {
+		if op.Kind == storagetest.OpExtents {
+			asked++
+		}
+		return nil
+	})
+	im, err := Open(context.Background(), store, image.Options{ReadOnly: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer im.Close()
+	if !im.preallocated() {
+		t.Fatal("the holes are not noticed")
+	}
+	for off := int64(0); off < size; {
+		asked = 0
+		exts, err := im.AppendExtents(nil, off, size-off, image.WantZero)
+		if err != nil || len(exts) == 0 || len(exts) > image.MaxExtents || asked > 1 {
+			t.Fatalf("at %#x: %d extents, the store was asked %d times, %v", off, len(exts), asked, err)
+		}
+		for _, e := range exts {
+			if e.Offset != off || e.Length != 4<<10 || e.Zero != (off%(8<<10) == 0) {
+				t.Fatalf("at %#x: %+v", off, e)
+			}
+			off += e.Length
+		}
+	}
+}
+
+// backedBy opens one image, whatever it is asked for.
+type backedBy struct{ image.Device }
+
+func (b backedBy) OpenImage(context.Context, image.Reference) (image.Device, error) {
+	return b.Device, nil
+}
+
+func (b backedBy) OpenStore(context.Context, image.Reference, bool) (storage.Store, error) {
+	return nil, image.ErrReference
 }

@@ -184,7 +184,9 @@ func (d *disk) tryRead(p []byte, off int64) error {
 	return nil
 }
 
-// AppendExtents describes the disk with its backing chain.
+// AppendExtents describes the disk with its backing chain. An answer ends with
+// the first question that it takes to the backing image or to the data store:
+// so each layer asks the next one once, and no chain of them makes it long.
 func (d *disk) AppendExtents(dst []image.Extent, off, n int64, want image.Want) ([]image.Extent, error) {
 	if err := image.CheckRange(d.info.Size, off, n); err != nil {
 		return dst, err
@@ -216,12 +218,14 @@ func (d *disk) appendExtents(dst []image.Extent, off, n int64, want image.Want) 
 		s := &segs[i]
 		end := s.guest + s.length
 		for at := s.guest; at < end; {
-			from := len(dst)
+			from, ask := len(dst), false
 			switch s.kind {
 			case segmentHole:
+				ask = d.backed(at, end-at) > 0
 				dst, err = d.appendBacking(dst, at, end-at, want)
 			case segmentData:
-				dst, err = d.appendData(dst, s, at, want)
+				ask = want&image.WantZero != 0 && d.preallocated()
+				dst, err = d.appendData(dst, s, at, ask)
 			default:
 				dst = append(dst, image.Extent{
 					Offset: at, Length: end - at, Allocated: true,
@@ -234,13 +238,17 @@ func (d *disk) appendExtents(dst []image.Extent, off, n int64, want image.Want) 
 			last := &dst[len(dst)-1]
 			at = last.Offset + last.Length
 			dst = coalesce(dst, start, from, want)
+			if ask {
+				return dst[:min(len(dst), start+image.MaxExtents)], nil
+			}
 		}
 	}
 	return dst, nil
 }
 
-// appendData describes the part of a data segment from guest offset at on.
-func (d *disk) appendData(dst []image.Extent, s *segment, at int64, want image.Want) ([]image.Extent, error) {
+// appendData describes the part of a data segment from guest offset at on. If
+// ask is set, the store is asked where it is zeros.
+func (d *disk) appendData(dst []image.Extent, s *segment, at int64, ask bool) ([]image.Extent, error) {
 	host, n := s.host+at-s.guest, s.guest+s.length-at
 	e := image.Extent{Offset: at, Length: n, Data: true, Allocated: true, At: image.Location{Store: d.data, Offset: host}}
 	if !d.info.ReadOnly {
@@ -259,7 +267,7 @@ func (d *disk) appendData(dst []image.Extent, s *segment, at int64, want image.W
 		}
 		e.Length = end - host
 	}
-	if want&image.WantZero == 0 || !d.preallocated() {
+	if !ask {
 		return append(dst, e), nil
 	}
 	var buf [segmentBatch]storage.Extent

@@ -217,7 +217,7 @@ func (d *Disk) AppendExtents(dst []image.Extent, off, n int64, want image.Want) 
 	if len(exts) == 0 { // past the end of the store
 		return append(dst, image.Extent{Offset: off, Length: n, Zero: true, Allocated: true}), nil
 	}
-	for _, e := range exts {
+	for _, e := range exts[:min(len(exts), image.MaxExtents)] {
 		dst = append(dst, d.extent(e.Offset-d.start, e.Length, e.Hole))
 	}
 	return dst, nil

@@ -59,6 +59,7 @@ var checks = []check{
 	{"write zeroes", true, checkWriteZeroes},
 	{"fast zeroes", true, checkFastZeroes},
 	{"discard", true, checkDiscard},
+	{"fragments", true, checkFragments},
 	{"whole", true, checkWhole},
 	{"buffers", true, checkBuffers},
 	{"reopen", true, checkReopen},
@@ -229,6 +230,9 @@ func tiles(d image.Device, off, n int64, want image.Want) (all []image.Extent, e
 		}
 		if len(got) < 2 || got[0].Offset != sentinel {
 			return nil, fmt.Errorf("AppendExtents(%#x+%#x) appended nothing, or in the wrong place", off, end-off)
+		}
+		if len(got)-1 > image.MaxExtents {
+			return nil, fmt.Errorf("AppendExtents(%#x+%#x) appended %d extents, %d are allowed", off, end-off, len(got)-1, image.MaxExtents)
 		}
 		for _, e := range got[1:] {
 			if e.Offset != off || e.Length <= 0 || e.Length > end-off {

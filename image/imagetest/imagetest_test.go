@@ -50,6 +50,7 @@ type (
 	liesZero  struct{ image.Device } // says that all is zero
 	overrun   struct{ image.Device } // describes more than was asked for
 	overwrite struct{ image.Device } // AppendExtents does not append
+	boundless struct{ image.Device } // describes all that was asked for
 	lazy      struct {
 		last *[]byte
 		image.Device
@@ -163,6 +164,16 @@ func (x overwrite) AppendExtents(dst []image.Extent, off, n int64, want image.Wa
 	return x.Device.AppendExtents(dst[:0], off, n, want)
 }
 
+func (x boundless) AppendExtents(dst []image.Extent, off, n int64, want image.Want) ([]image.Extent, error) {
+	for e, err := range image.Extents(x.Device, off, n, want) {
+		if err != nil {
+			return dst, err
+		}
+		dst = append(dst, e)
+	}
+	return dst, nil
+}
+
 func (x lazy) WriteAt(p []byte, off int64, flags image.WriteFlags) error {
 	*x.last = p
 	return x.Device.WriteAt(p, off, flags)
@@ -217,6 +228,7 @@ func TestSuiteCatches(t *testing.T) {
 		{"lies zero", func(d image.Device) image.Device { return liesZero{d} }, "write", "said to be zeros"},
 		{"overrun", func(d image.Device) image.Device { return overrun{d} }, "extents", "ending by"},
 		{"overwrite", func(d image.Device) image.Device { return overwrite{d} }, "extents", "wrong place"},
+		{"boundless", func(d image.Device) image.Device { return boundless{d} }, "fragments", "64 are allowed"},
 		{"lazy", func(d image.Device) image.Device { return lazy{new([]byte), d} }, "buffers", "ReadAt"},
 		{"elsewhere", func(d image.Device) image.Device { return elsewhere{d} }, "write", "holds other bytes"},
 		{"willing", func(d image.Device) image.Device { return willing{d} }, "read-only", "on a read-only device"},
