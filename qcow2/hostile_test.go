@@ -788,6 +788,41 @@ func TestPreallocatedExtents(t *testing.T) {
 	}
 }
 
+// Somebody cuts short the file of a preallocated image: what is not there any
+// more is not told as holes.
+func TestExtentsCutShort(t *testing.T) {
+	x := build(16, 1<<20)
+	for off := int64(0); off < 1<<20; off += x.cs {
+		x.data(off, 1)
+	}
+	end := int64(len(x.b)) - 1<<20
+	mem := storagetest.MemOf(x.bytes())
+	if err := mem.Discard(end, 512<<10); err != nil {
+		t.Fatal(err)
+	}
+	im, err := Open(context.Background(), mem, image.Options{ReadOnly: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer im.Close()
+	if !im.preallocated() {
+		t.Fatal("the holes are not noticed")
+	}
+	for e, err := range image.Extents(im, 0, 1<<20, image.WantZero) {
+		if err != nil || e.Zero != (e.Offset < 512<<10) {
+			t.Errorf("before: %+v, %v", e, err)
+		}
+	}
+	if err := mem.Truncate(end); err != nil {
+		t.Fatal(err)
+	}
+	for e, err := range image.Extents(im, 0, 1<<20, image.WantZero) {
+		if err != nil || e.Zero {
+			t.Errorf("after: %+v, %v", e, err)
+		}
+	}
+}
+
 // backedBy opens one image, whatever it is asked for.
 type backedBy struct{ image.Device }
 

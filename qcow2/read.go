@@ -275,6 +275,9 @@ func (d *disk) appendData(dst []image.Extent, s *segment, at int64, ask bool) ([
 	if err != nil {
 		return dst, err
 	}
+	if len(exts) == 0 { // somebody cut the store short: reading knows what that means
+		return append(dst, e), nil
+	}
 	for _, x := range exts {
 		e.Offset, e.Length, e.Zero = at+x.Offset-host, x.Length, x.Hole
 		if e.At.Store != nil {
