@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"math/bits"
 	"sync"
 	"sync/atomic"
@@ -209,9 +210,10 @@ type bitmapReader struct {
 func (b *bitmapReader) Info() image.BitmapInfo { return b.bitmap.info() }
 
 // AppendDirty describes a part of the disk. Bits past the end of the bitmap
-// are clear.
+// are clear; past the end of the image, where a larger overlay goes on, there
+// are none.
 func (b *bitmapReader) AppendDirty(dst []image.DirtyExtent, off, n int64) ([]image.DirtyExtent, error) {
-	if err := image.CheckRange(b.im.info.Size, off, n); err != nil {
+	if err := image.CheckRange(math.MaxInt64, off, n); err != nil {
 		return dst, err
 	}
 	if n == 0 {
@@ -225,10 +227,14 @@ func (b *bitmapReader) AppendDirty(dst []image.DirtyExtent, off, n int64) ([]ima
 	if err := b.bitmap.trusted(); err != nil {
 		return dst, image.Wrap("read", b.im.name, err)
 	}
+	size := b.im.info.Size
+	if off >= size {
+		return append(dst, image.DirtyExtent{Offset: off, Length: n}), nil
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	start := len(dst)
-	dst, err = b.appendDirty(dst, off, off+n)
+	dst, err = b.appendDirty(dst, off, min(off+n, size))
 	if err != nil && len(dst) == start {
 		return dst, image.Wrap("read", b.im.name, fmt.Errorf("bitmap %q: %w", b.bitmap.name, err))
 	}

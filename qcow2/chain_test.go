@@ -293,6 +293,23 @@ func TestBitmaps(t *testing.T) {
 	}
 }
 
+// A bitmap is found in a backing image of any size: what that image does not
+// have is not dirty.
+func TestBitmapsBelow(t *testing.T) {
+	base := qemu.Create(t, "qcow2", "", "4M")
+	qemu.Img(t, "bitmap", "--add", "-g", "64k", base, "recorded")
+	qemu.IO(t, "qcow2", base, "write 1M 64k", "write 3M 1M")
+	for size, want := range map[int64][]nbdRow{
+		2 << 20: {{0, 1 << 20, 0}, {1 << 20, 64 << 10, 1}, {1<<20 + 64<<10, 1<<20 - 64<<10, 0}},
+		8 << 20: {{0, 1 << 20, 0}, {1 << 20, 64 << 10, 1}, {1<<20 + 64<<10, 2<<20 - 64<<10, 0}, {3 << 20, 1 << 20, 1}, {4 << 20, 4 << 20, 0}},
+	} {
+		over := filepath.Join(t.TempDir(), "over")
+		qemu.Img(t, "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", over, fmt.Sprint(size))
+		sameRows(t, fmt.Sprintf("qemu-nbd, %d bytes", size), bitmapByQEMU(t, over, "recorded"), want)
+		sameRows(t, fmt.Sprintf("%d bytes", size), bitmapByUs(t, openFile(t, over), "recorded"), want)
+	}
+}
+
 func TestBitmapsInconsistent(t *testing.T) {
 	qemu.Require(t, "qemu-img", "qemu-io")
 	file := withBitmaps(t)
