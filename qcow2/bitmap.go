@@ -241,14 +241,12 @@ func (b *bitmapReader) AppendDirty(dst []image.DirtyExtent, off, n int64) ([]ima
 	return dst, nil
 }
 
-// maxDirty bounds the extents of one answer.
-const maxDirty = 4096
-
 func (b *bitmapReader) appendDirty(dst []image.DirtyExtent, off, end int64) ([]image.DirtyExtent, error) {
 	start := len(dst)
 	shift := uint(b.bitmap.granularity)
 	perCluster := b.im.geo.clusterSize * 8 // bits
-	for off < end && len(dst)-start < maxDirty {
+	// A step adds one extent at most, and loads one cluster of bits at most.
+	for step := 0; off < end && step < image.MaxExtents; step++ {
 		bit := off >> shift
 		var dirty, known bool
 		var last int64 // bit behind the run

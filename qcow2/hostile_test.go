@@ -823,6 +823,47 @@ func TestExtentsCutShort(t *testing.T) {
 	}
 }
 
+// The bits of a large bitmap may all be one cluster of zeros, which makes one
+// extent. An answer reads little of them.
+func TestHostileBitmap(t *testing.T) {
+	const size = 1 << 30
+	x := build(9, size)
+	at := x.alloc(1)
+	e := bitmapEntry{tableSize: uint32(size >> 9 / (x.cs * 8)), granularity: 9, name: "b"}
+	e.tableAt = uint64(x.alloc(int64(e.tableSize) * 8 / x.cs))
+	copy(x.b[at:], e.encode())
+	zeros := x.alloc(1)
+	for i := range int64(e.tableSize) {
+		x.put(int64(e.tableAt)+8*i, uint64(zeros))
+	}
+	x.h.autoclear = autoclearBitmaps
+	x.h.setExtension(extBitmaps, bitmapsExtension{1, uint64(len(e.encode())), uint64(at)}.encode())
+	reads := 0
+	store := storagetest.Fault(storagetest.MemOf(x.bytes()), func(op storagetest.Op) *storagetest.Failure {
+		if op.Kind == storagetest.OpRead {
+			reads++
+		}
+		return nil
+	})
+	im, err := Open(context.Background(), store, image.Options{ReadOnly: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer im.Close()
+	b, err := im.Bitmap("b")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for off := int64(0); off < size; {
+		reads = 0
+		exts, err := b.AppendDirty(nil, off, size-off)
+		if err != nil || len(exts) != 1 || exts[0].Offset != off || exts[0].Dirty || reads > image.MaxExtents+1 {
+			t.Fatalf("at %#x: %+v after %d reads, %v", off, exts, reads, err)
+		}
+		off += exts[0].Length
+	}
+}
+
 // backedBy opens one image, whatever it is asked for.
 type backedBy struct{ image.Device }
 
