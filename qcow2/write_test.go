@@ -154,6 +154,92 @@ func TestWriteRandom(t *testing.T) {
 	}
 }
 
+// With FastOnly zeros are never written: version 2 knows zeros only as holes
+// without a backing image, which NO_HOLE forbids. What is zeros already is fast.
+func TestFastZeroesOfVersions(t *testing.T) {
+	const half = 4 << 20
+	ones := bytes.Repeat([]byte{1}, half)
+	for _, tt := range []struct {
+		compat         string
+		backing, unmap bool
+		fast           bool
+	}{
+		{"0.10", false, true, true},
+		{"0.10", false, false, false},
+		{"0.10", true, true, false},
+		{"0.10", true, false, false},
+		{"1.1", false, true, true},
+		{"1.1", false, false, true},
+		{"1.1", true, true, true},
+		{"1.1", true, false, true},
+	} {
+		t.Run(fmt.Sprintf("%s backing %v unmap %v", tt.compat, tt.backing, tt.unmap), func(t *testing.T) {
+			b, err := os.ReadFile(qemu.Create(t, "qcow2", "compat="+tt.compat, fmt.Sprint(2*half)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			var refs image.Opener
+			if tt.backing {
+				h, err := parseHeader(b)
+				if err != nil {
+					t.Fatal(err)
+				}
+				h.backing = "below"
+				head, err := h.encode()
+				if err != nil {
+					t.Fatal(err)
+				}
+				copy(b, head)
+				x := build(16, half)
+				for off := int64(0); off < half; off += x.cs {
+					x.data(off, 2)
+				}
+				refs = backedBy{x.open(t)}
+			}
+			var written int64
+			store := storagetest.Fault(storagetest.MemOf(b), func(op storagetest.Op) *storagetest.Failure {
+				if op.Kind == storagetest.OpWrite {
+					written += op.Length
+				}
+				return nil
+			})
+			im, err := Open(context.Background(), store, image.Options{Refs: refs})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer im.Close()
+			if err := im.WriteAt(ones, 0, 0); err != nil {
+				t.Fatal(err)
+			}
+			flags := image.FastOnly
+			if tt.unmap {
+				flags |= image.MayUnmap
+			}
+			written = 0
+			want := make([]byte, half)
+			err = im.WriteZeroes(0, half, flags)
+			if !tt.fast {
+				copy(want, ones)
+				if !errors.Is(err, errors.ErrUnsupported) {
+					t.Errorf("data: %v", err)
+				}
+			} else if err != nil {
+				t.Errorf("data: %v", err)
+			}
+			if err := im.WriteZeroes(half, half, flags); err != nil {
+				t.Errorf("zeros: %v", err)
+			}
+			if written > half/4 {
+				t.Errorf("%d bytes were written", written)
+			}
+			got := make([]byte, half)
+			if _, err := im.ReadAt(got, 0); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("it reads %#x, %v", got[0], err)
+			}
+		})
+	}
+}
+
 // An image that is marked as corrupt is refused when it is opened.
 func TestWriteRefused(t *testing.T) {
 	x := build(16, 1<<20)

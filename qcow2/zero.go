@@ -34,10 +34,10 @@ func (r *request) writeZeroes(off, n int64, flags image.WriteFlags) error {
 		end = r.geo.ceil(end) // nothing is behind it
 	}
 	first, last := r.geo.ceil(off), r.geo.floor(end)
-	if first >= last {
+	unmap := flags&image.MayUnmap != 0
+	if first >= last || !r.zeroesClusters(unmap) {
 		first, last = off+n, off+n
 	}
-	unmap := flags&image.MayUnmap != 0
 	if r.rawData {
 		// The file is the disk: it has to read as zeros too, and then nothing
 		// else has to change.
@@ -62,9 +62,6 @@ func (r *request) writeZeroes(off, n int64, flags image.WriteFlags) error {
 // fastZero returns an error unless a range can be zeroed without writing data:
 // all but [first, last), which is whole clusters, is zeros already.
 func (r *request) fastZero(off, first, last, end int64) error {
-	if r.geo.version < 3 && r.backing != nil && first < last {
-		return errors.ErrUnsupported
-	}
 	head, err := r.readsZero(off, first-off)
 	if err != nil {
 		return err
@@ -102,13 +99,15 @@ func (r *request) zeroPart(off, n int64) error {
 	return nil
 }
 
+// zeroesClusters reports whether whole clusters are zeroed without writing data.
+// Version 2 has no zero flag: only what has no backing can be made a hole.
+func (w *writer) zeroesClusters(unmap bool) bool {
+	return w.geo.version >= 3 || w.backing == nil && unmap
+}
+
 // zeroClusters zeroes whole clusters. With unmap they give up what they
 // occupy.
 func (r *request) zeroClusters(off, n int64, unmap bool) error {
-	if r.geo.version < 3 && (r.backing != nil || !unmap) {
-		// There is no zero flag: only what has no backing can be made a hole.
-		return r.zeroPart(off, n)
-	}
 	return r.each(off, n, func(off, n int64) (int64, obstacle, error) {
 		return r.zeroSlice(off, n, unmap)
 	})
@@ -125,7 +124,7 @@ func (r *request) discard(off, n int64) error {
 		end = r.geo.ceil(end)
 	}
 	first, last := r.geo.ceil(off), r.geo.floor(end)
-	if first >= last || r.geo.version < 3 && r.backing != nil {
+	if first >= last || !r.zeroesClusters(true) {
 		return nil
 	}
 	return r.zeroClusters(first, last-first, true)
