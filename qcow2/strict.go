@@ -7,7 +7,7 @@ import "github.com/imgnbd/imgnbd/image"
 // little that opening it costs a few tens of MiB.
 const (
 	strictL1Size      = 4 << 20 // bytes
-	strictRefTable    = 1 << 20 // bytes
+	strictRefTable    = 1 << 20 // bytes; or one cluster, which every image has
 	strictSnapshots   = 256
 	strictBitmaps     = 64
 	strictBitmapTable = 1 << 16  // entries
@@ -27,7 +27,7 @@ func (h *header) checkStrict() error {
 	if err := tooMuch("L1 table", int64(h.l1Size)*8, strictL1Size); err != nil {
 		return err
 	}
-	if err := tooMuch("reference count table", int64(h.refTableClusters)<<h.clusterBits, strictRefTable); err != nil {
+	if err := tooMuch("reference count table", int64(h.refTableClusters)<<h.clusterBits, max(strictRefTable, int64(1)<<h.clusterBits)); err != nil {
 		return err
 	}
 	if h.snapshotCount > strictSnapshots {

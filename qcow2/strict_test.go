@@ -9,6 +9,29 @@ import (
 	"github.com/imgnbd/imgnbd/storage/storagetest"
 )
 
+// Every image has one cluster of refcount table, however large a cluster is.
+func TestStrictClusterSizes(t *testing.T) {
+	open := func(b []byte, readOnly bool) error {
+		im, err := Open(t.Context(), storagetest.MemOf(b), image.Options{Name: "mem", ReadOnly: readOnly, Untrusted: true})
+		if err == nil {
+			err = im.Close()
+		}
+		return err
+	}
+	for bits := uint32(minClusterBits); bits <= maxClusterBits; bits++ {
+		for _, readOnly := range []bool{true, false} {
+			if err := open(build(bits, 1<<20).bytes(), readOnly); err != nil {
+				t.Errorf("clusters of 2^%d bytes, read-only %v: %v", bits, readOnly, err)
+			}
+		}
+	}
+	x := build(maxClusterBits, 1<<20)
+	x.h.refTableClusters = 2
+	if err := open(x.bytes(), true); !errors.Is(err, errors.ErrUnsupported) {
+		t.Errorf("two clusters of 2^%d bytes: %v", maxClusterBits, err)
+	}
+}
+
 // What is too much for an untrusted image is fine for others, and the most
 // that it may have is not too much.
 func TestStrict(t *testing.T) {
