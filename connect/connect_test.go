@@ -289,6 +289,31 @@ func TestBusy(t *testing.T) {
 	}
 }
 
+// Where a file system comes from, and where it is, is what whoever mounts it
+// says: in a namespace of his own, or by FUSE, that may be anybody.
+func TestHolderByNameAlone(t *testing.T) {
+	h, k := newFake(t)
+	a := attach(t, h, to(Auto, disk))
+	k.file("proc/self/mountinfo", "35 1 0:50 / /home/fuse rw - fuse.any /dev/nbd0 rw\n"+
+		"36 1 43:0 / /mnt rw - ext4 /dev/nbd0 rw\n37 1 0:51 / /btr rw - btrfs /dev/nbd0 rw\n")
+	k.namespace(123, "38 1 0:52 / /tmp/fifo rw - tmpfs /dev/nbd0 rw\n39 1 43:0 / /elsewhere rw - ext4 /dev/nbd0 rw\n")
+	want := []Holder{{"/dev/nbd0", Mounted, "/mnt"}, {"/dev/nbd0", Mounted, "/btr"}, {"/dev/nbd0", Mounted, "/elsewhere"}}
+	if diff := cmp.Diff(want, a.Holders()); diff != "" {
+		t.Error(diff)
+	}
+	if _, _, err := h.mountAt("/home/fuse"); err == nil {
+		t.Error("it is unmounted as a device")
+	}
+	k.claimed, k.log = true, nil
+	if err := a.Detach(limited(t), true); err != nil {
+		t.Error(err)
+	}
+	// What is mounted elsewhere has no name here.
+	if diff := cmp.Diff([]string{"syncfs /mnt", "syncfs /btr", "sync /dev/nbd0", "disconnect 0"}, k.logged()); diff != "" {
+		t.Error(diff)
+	}
+}
+
 // A claim by nobody who can be seen may pass.
 func TestPassingClaim(t *testing.T) {
 	h, k := newFake(t)

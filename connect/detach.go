@@ -15,8 +15,9 @@ import (
 // its server, if it is one of this module's, has closed the image.
 //
 // A device that is mounted or claimed otherwise is left alone, with a
-// *BusyError. With force it is detached all the same, after its file systems
-// have been flushed; what is written to them later is lost. A server that
+// *BusyError. With force it is detached all the same, after those of its file
+// systems have been flushed that are mounted in this mount namespace; what is
+// written to them later is lost. A server that
 // answers nothing is killed then, if it is one of this module's.
 func Detach(ctx context.Context, path string, force bool) error {
 	h, err := newHost()
@@ -112,9 +113,9 @@ type flushed struct {
 func (h *host) flush(ctx context.Context, index int, force bool) (block, error) {
 	abandoned := h.abandoned(index, force)
 	held, err := h.claim(ctx, index)
-	if busy := (*BusyError)(nil); errors.As(err, &busy) && force {
+	if _, busy := errors.AsType[*BusyError](err); busy && force {
 		if !abandoned {
-			h.syncMounts(busy.Holders)
+			h.syncMounts(index)
 		}
 		held, err = h.open(h.path(index), false)
 	}
@@ -174,13 +175,12 @@ func (h *host) claim(ctx context.Context, index int) (block, error) {
 	}
 }
 
-// syncMounts flushes file systems. Where that fails, they will say so
-// themselves when they find their device gone.
-func (h *host) syncMounts(holders []Holder) {
-	for _, x := range holders {
-		if x.Use == Mounted {
-			_ = h.syncFS(x.Name)
-		}
+// syncMounts flushes the file systems of a device that are mounted where this
+// process sees them: the same names elsewhere may lead to anything. Where that
+// fails, they will say so themselves when they find their device gone.
+func (h *host) syncMounts(index int) {
+	for _, x := range h.mountsHere(h.nodes(index)) {
+		_ = h.syncFS(x.Name)
 	}
 }
 

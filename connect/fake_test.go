@@ -95,6 +95,18 @@ func (k *fakeKernel) put(path, text string) {
 	}
 }
 
+// namespace gives a process mounts of its own.
+func (k *fakeKernel) namespace(pid int, mounts string) {
+	k.file(fmt.Sprintf("proc/%d/mountinfo", pid), mounts)
+	dir := fmt.Sprintf("%s/%d/ns", k.host.proc, pid)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		k.t.Fatal(err)
+	}
+	if err := os.Symlink(fmt.Sprintf("mnt:[%d]", pid), dir+"/mnt"); err != nil {
+		k.t.Fatal(err)
+	}
+}
+
 func (k *fakeKernel) note(format string, args ...any) {
 	k.log = append(k.log, fmt.Sprintf(format, args...))
 }

@@ -2,6 +2,7 @@ package connect
 
 import (
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -59,38 +60,41 @@ func (h *host) names(index int) []string {
 	return append([]string{name(index)}, h.partitions(index)...)
 }
 
+// nodes returns the paths of a device and its partitions by their numbers.
+func (h *host) nodes(index int) map[string]string {
+	nodes := map[string]string{}
+	for _, n := range h.names(index) {
+		nodes[h.read(index, n, "dev")] = filepath.Join(h.dev, n)
+	}
+	return nodes
+}
+
 // holders returns who has a claim on a device or its partitions.
 func (h *host) holders(index int) []Holder {
 	var list []Holder
-	byNumber, byPath := map[string]string{}, map[string]bool{}
 	for _, n := range h.names(index) {
-		path := filepath.Join(h.dev, n)
-		byPath[path] = true
-		byNumber[h.read(index, n, "dev")] = path
 		dir := filepath.Join(h.sys, name(index), "holders")
 		if n != name(index) {
 			dir = filepath.Join(h.sys, name(index), n, "holders")
 		}
 		entries, _ := os.ReadDir(dir)
 		for _, e := range entries {
-			list = append(list, Holder{path, Claimed, h.blockName(e.Name())})
+			list = append(list, Holder{filepath.Join(h.dev, n), Claimed, h.blockName(e.Name())})
 		}
 	}
-	for _, m := range h.mounts() {
-		// Some file systems have numbers of their own.
-		if path, ok := byNumber[m.number]; ok {
-			list = append(list, Holder{path, Mounted, m.point})
-		} else if byPath[m.source] {
-			list = append(list, Holder{m.source, Mounted, m.point})
-		}
-	}
+	nodes := h.nodes(index)
+	list = append(list, h.mounts(nodes)...)
 	swaps, _ := os.ReadFile(filepath.Join(h.proc, "swaps"))
 	for line := range strings.Lines(string(swaps)) {
-		if path, _, _ := strings.Cut(line, " "); byPath[path] {
+		if path, _, _ := strings.Cut(line, " "); isNode(nodes, path) {
 			list = append(list, Holder{path, Swap, ""})
 		}
 	}
 	return list
+}
+
+func isNode(nodes map[string]string, path string) bool {
+	return slices.Contains(slices.Collect(maps.Values(nodes)), path)
 }
 
 // blockName returns the name that people know a block device by.
@@ -104,31 +108,68 @@ func (h *host) blockName(dev string) string {
 // A mount is a line of mountinfo.
 type mount struct {
 	number, source, point string
-	writable              bool // the file system, however it is seen here
+	kind                  string // of file system
+	writable              bool   // the file system, however it is seen here
 }
 
-// mounts returns the mounts of all mount namespaces, those of this process
-// first. Where a mount point is known by the same name in several, it is there
-// once.
-func (h *host) mounts() []mount {
-	var list []mount
-	seen := map[string]bool{}
-	for _, process := range append([]string{"self"}, h.processes()...) {
-		dir := filepath.Join(h.proc, process)
-		if namespace, err := os.Readlink(filepath.Join(dir, "ns/mnt")); err != nil || seen[namespace] {
+// node returns the one of these nodes that the file system of a mount of this
+// namespace is on. Some kinds have numbers of their own, and only their source to
+// go by. That is root's word here, except for FUSE.
+func (m mount) node(nodes map[string]string) (path string, ok bool) {
+	if path, ok = nodes[m.number]; ok {
+		return path, true
+	}
+	return m.source, !strings.HasPrefix(m.kind, "fuse") && isNode(nodes, m.source)
+}
+
+// mounts returns the mounts of these nodes in all mount namespaces, those of this
+// process first. Where a mount point is known by the same name in several, it is
+// there once. Of others only numbers count: anybody can have a namespace, and
+// mount in it what he says is from anywhere.
+func (h *host) mounts(nodes map[string]string) []Holder {
+	list := h.mountsHere(nodes)
+	seen := map[string]bool{h.mountNamespace("self"): true, "": true}
+	for _, process := range h.processes() {
+		namespace := h.mountNamespace(process)
+		if seen[namespace] {
 			continue
-		} else {
-			seen[namespace] = true
 		}
-		text, err := os.ReadFile(filepath.Join(dir, "mountinfo"))
-		if err != nil {
-			continue // it has ended
-		}
-		for line := range strings.Lines(string(text)) {
-			m, ok := parseMount(line)
-			if ok && !slices.Contains(list, m) {
-				list = append(list, m)
+		seen[namespace] = true
+		for _, m := range h.mountinfo(process) {
+			path, ok := nodes[m.number]
+			if x := (Holder{path, Mounted, m.point}); ok && !slices.Contains(list, x) {
+				list = append(list, x)
 			}
+		}
+	}
+	return list
+}
+
+// mountsHere returns those in the mount namespace of this process.
+func (h *host) mountsHere(nodes map[string]string) []Holder {
+	var list []Holder
+	for _, m := range h.mountinfo("self") {
+		path, ok := m.node(nodes)
+		if x := (Holder{path, Mounted, m.point}); ok && !slices.Contains(list, x) {
+			list = append(list, x)
+		}
+	}
+	return list
+}
+
+// mountNamespace tells that of a process from others; "": it has ended.
+func (h *host) mountNamespace(process string) string {
+	namespace, _ := os.Readlink(filepath.Join(h.proc, process, "ns/mnt"))
+	return namespace
+}
+
+// mountinfo returns the mounts that a process sees.
+func (h *host) mountinfo(process string) []mount {
+	text, _ := os.ReadFile(filepath.Join(h.proc, process, "mountinfo"))
+	var list []mount
+	for line := range strings.Lines(string(text)) {
+		if m, ok := parseMount(line); ok {
+			list = append(list, m)
 		}
 	}
 	return list
@@ -143,7 +184,7 @@ func parseMount(line string) (mount, bool) {
 	}
 	unescape := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
 	writable := len(g) > 2 && strings.HasPrefix(g[2], "rw")
-	return mount{f[2], unescape.Replace(g[1]), unescape.Replace(f[4]), writable}, true
+	return mount{f[2], unescape.Replace(g[1]), unescape.Replace(f[4]), g[0], writable}, true
 }
 
 func (h *host) processes() []string {

@@ -303,7 +303,8 @@ func (linux) number(path string) (string, error) {
 }
 
 func (linux) syncFS(path string) error {
-	f, err := os.Open(path)
+	// The name may be another's by now, and a FIFO.
+	f, err := os.OpenFile(path, unix.O_NONBLOCK, 0)
 	if err != nil {
 		return err
 	}

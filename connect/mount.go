@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
 )
@@ -135,10 +134,8 @@ func (h *host) mountAt(dir string) (m mount, index int, err error) {
 		if err != nil || !strings.HasPrefix(h.backend(index), backendPrefix) {
 			continue
 		}
-		for _, n := range h.names(index) {
-			if m.number == h.read(index, n, "dev") || m.source == filepath.Join(h.dev, n) {
-				return m, index, nil
-			}
+		if _, ok := m.node(h.nodes(index)); ok {
+			return m, index, nil
 		}
 	}
 	return m, 0, fmt.Errorf("%s is %s, which is no device of imgnbd's: use umount", m.point, m.source)
@@ -147,9 +144,8 @@ func (h *host) mountAt(dir string) (m mount, index int, err error) {
 // topMount returns the last mount at a place in this mount namespace, which
 // covers others.
 func (h *host) topMount(point string) (top mount, ok bool) {
-	text, _ := os.ReadFile(filepath.Join(h.proc, "self/mountinfo"))
-	for line := range strings.Lines(string(text)) {
-		if m, isMount := parseMount(line); isMount && m.point == point {
+	for _, m := range h.mountinfo("self") {
+		if m.point == point {
 			top, ok = m, true
 		}
 	}
