@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -442,6 +443,7 @@ func TestForeignRecord(t *testing.T) {
 func TestDetachHung(t *testing.T) {
 	h, k := newFake(t)
 	a := attach(t, h, to("/dev/nbd0", disk))
+	k.opened(os.Getpid(), h.recordPath(0))
 	k.write("nbd0", "stat", "1 0 8 5 7 0 8 5 1 20 20 0 0 0 0 3 1")
 	synctest.Test(t, func(t *testing.T) {
 		began, given := time.Now(), make(chan struct{})
@@ -465,5 +467,25 @@ func TestDetachHung(t *testing.T) {
 	want := []string{"connect 0", "scan 0", "claim /dev/nbd0", "sync /dev/nbd0", fmt.Sprint("kill ", os.Getpid()), "disconnect 0", "release /dev/nbd0"}
 	if diff := cmp.Diff(want, k.logged()); diff != "" {
 		t.Error(diff)
+	}
+}
+
+// Nobody is killed but the server: its number may be another process's by now,
+// and its lock that of a process which is about to take the device over.
+func TestDetachHungSuccessor(t *testing.T) {
+	h, k := newFake(t)
+	a := attach(t, h, to("/dev/nbd0", disk))
+	k.opened(os.Getpid(), filepath.Join(t.TempDir(), "nbd0.json"))
+	synctest.Test(t, func(t *testing.T) {
+		if err := h.endServer(t.Context(), 0); err == nil || !strings.Contains(err.Error(), "/dev/nbd0 stays attached") {
+			t.Error(err)
+		}
+		time.AfterFunc(hung/2, func() { a.record.f.Close() })
+		if err := h.endServer(t.Context(), 0); err != nil {
+			t.Error(err)
+		}
+	})
+	if log := strings.Join(k.logged(), ", "); strings.Contains(log, "kill") {
+		t.Error(log)
 	}
 }

@@ -89,12 +89,14 @@ func (h *host) endServer(ctx context.Context, index int) error {
 		return err
 	}
 	defer p.Release()
-	if s.alive() { // so that p is the server
+	why := errors.New("another process has its lock, perhaps to take the device over")
+	if s.alive() && h.hasOpen(s.PID, s.f) { // so that p, which keeps its number, is the server
 		if err := h.kill(p); err != nil && !errors.Is(err, os.ErrProcessDone) {
 			return fmt.Errorf("process %d does not answer: %w", s.PID, err)
 		}
+		why = errors.New("it was killed, and has not ended: its medium does not answer")
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, hung, errors.New("it was killed, and has not ended: its medium does not answer"))
+	ctx, cancel := context.WithTimeoutCause(ctx, hung, why)
 	defer cancel()
 	if err := lock(ctx, s.f, syscall.LOCK_SH); err != nil {
 		return fmt.Errorf("%s stays attached, process %d does not answer: %w", h.path(index), s.PID, err)

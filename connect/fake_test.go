@@ -95,6 +95,17 @@ func (k *fakeKernel) put(path, text string) {
 	}
 }
 
+// opened has a process have a file open.
+func (k *fakeKernel) opened(pid int, path string) {
+	dir := fmt.Sprintf("%s/%d/fd", k.host.proc, pid)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		k.t.Fatal(err)
+	}
+	if err := os.Symlink(path, dir+"/3"); err != nil {
+		k.t.Fatal(err)
+	}
+}
+
 // namespace gives a process mounts of its own.
 func (k *fakeKernel) namespace(pid int, mounts string) {
 	k.file(fmt.Sprintf("proc/%d/mountinfo", pid), mounts)

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -215,6 +216,25 @@ func (h *host) openers(index int) []Holder {
 		}
 	}
 	return list
+}
+
+// hasOpen reports whether a process has a file open. No others of its files are
+// looked at: they may be where nobody answers.
+func (h *host) hasOpen(pid int, f *os.File) bool {
+	is, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	links, _ := filepath.Glob(filepath.Join(h.proc, strconv.Itoa(pid), "fd/*"))
+	for _, l := range links {
+		if path, err := os.Readlink(l); err != nil || filepath.Base(path) != filepath.Base(f.Name()) {
+			continue
+		}
+		if st, err := os.Stat(l); err == nil && os.SameFile(st, is) {
+			return true
+		}
+	}
+	return false
 }
 
 // program names what a process runs, "" if there is no such process.
