@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 )
@@ -50,10 +51,27 @@ func choices(option string) []string {
 		return []string{"off", "on", "unmap"}
 	case "backing":
 		return backingPolicies
+	case "backing-format":
+		return []string{"raw", "qcow2"}
+	case "repair":
+		return []string{"leaks", "all"}
+	case "tls-mode":
+		return slices.Sorted(maps.Keys(tlsModes))
 	case "sandbox":
 		return sandboxModes
 	case "output":
 		return []string{"human", "json"}
+	}
+	return nil
+}
+
+// operands are what a command takes in place of files; nil: it takes files.
+func operands(command string) []string {
+	switch command {
+	case "completion":
+		return []string{"bash", "zsh", "fish"}
+	case "help":
+		return completable()[1:]
 	}
 	return nil
 }
@@ -75,33 +93,38 @@ func bashCompletion() string {
 		"    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} words\n" +
 		"    [[ $prev == = ]] && prev=${COMP_WORDS[COMP_CWORD-2]}\n" +
 		"    [[ $cur == = ]] && cur=\n" +
-		"    case $prev in\n")
-	seen := map[string]bool{}
-	for _, name := range completable() {
+		"    local values= operands=\n    case ${COMP_WORDS[1]} in\n")
+	names := completable()
+	for _, name := range append(names[1:], "") { // the bare command is "anything else"
+		pattern := name
+		if name == "" {
+			pattern = "*"
+		}
+		fmt.Fprintf(&b, "    %s)\n        words='%s' operands='%s'\n        case $prev in\n", pattern, words(name), strings.Join(operands(name), " "))
 		for _, o := range documentedOptions(name) {
-			if c := choices(o.long); c != nil && !seen[o.long] {
-				seen[o.long] = true
-				pattern := "--" + o.long
+			if c := choices(o.long); c != nil {
+				option := "--" + o.long
 				if o.short != "" {
-					pattern = "-" + o.short + "|" + pattern
+					option = "-" + o.short + "|" + option
 				}
-				fmt.Fprintf(&b, "    %s) COMPREPLY=($(compgen -W '%s' -- \"$cur\")); return ;;\n", pattern, strings.Join(c, " "))
+				fmt.Fprintf(&b, "        %s) values='%s' ;;\n", option, strings.Join(c, " "))
 			}
 		}
+		b.WriteString("        esac ;;\n")
 	}
-	b.WriteString("    esac\n    case ${COMP_WORDS[1]} in\n")
-	for _, name := range completable()[1:] {
-		fmt.Fprintf(&b, "    %s) words='%s' ;;\n", name, words(name))
-	}
-	fmt.Fprintf(&b, "    *) words='%s' ;;\n    esac\n", words(""))
-	fmt.Fprintf(&b, "    [[ ${COMP_WORDS[1]} == completion ]] && words+=' bash zsh fish'\n"+
-		"    if [[ $cur == -* || ${COMP_WORDS[1]} == completion ]]; then\n"+
+	// Names of files are taken a line at a time: they may have blanks.
+	fmt.Fprintf(&b, "    esac\n"+
+		"    if [[ $values ]]; then\n"+
+		"        COMPREPLY=($(compgen -W \"$values\" -- \"$cur\"))\n"+
+		"    elif [[ $cur == -* ]]; then\n"+
 		"        COMPREPLY=($(compgen -W \"$words\" -- \"$cur\"))\n"+
 		"    elif [[ $COMP_CWORD == 1 ]]; then\n"+
-		"        COMPREPLY=($(compgen -W '%s' -- \"$cur\") $(compgen -f -- \"$cur\"))\n"+
+		"        mapfile -t COMPREPLY < <(compgen -W '%s' -- \"$cur\"; compgen -f -- \"$cur\")\n"+
+		"    elif [[ $operands ]]; then\n"+
+		"        COMPREPLY=($(compgen -W \"$operands\" -- \"$cur\"))\n"+
 		"    else\n"+
-		"        COMPREPLY=($(compgen -f -- \"$cur\"))\n"+
-		"    fi\n}\ncomplete -o filenames -F _imgnbd imgnbd\n", strings.Join(completable()[1:], " "))
+		"        mapfile -t COMPREPLY < <(compgen -f -- \"$cur\")\n"+
+		"    fi\n}\ncomplete -o filenames -F _imgnbd imgnbd\n", strings.Join(names[1:], " "))
 	return b.String()
 }
 
@@ -135,9 +158,13 @@ func zshCompletion() string {
 		}
 		b.WriteString("    ) ;;\n")
 	}
-	fmt.Fprintf(&b, "    esac\n    if (( CURRENT == 2 )); then compadd %s; fi\n"+
-		"    [[ $words[2] == completion ]] && compadd bash zsh fish\n"+
-		"    _arguments -s $options '*:file:_files'\n}\n_imgnbd \"$@\"\n", strings.Join(completable()[1:], " "))
+	fmt.Fprintf(&b, "    esac\n    if (( CURRENT == 2 )); then compadd %s; fi\n", strings.Join(completable()[1:], " "))
+	for _, name := range completable() {
+		if list := operands(name); list != nil {
+			fmt.Fprintf(&b, "    if [[ $words[2] == %s && CURRENT -eq 3 ]]; then compadd %s; return; fi\n", name, strings.Join(list, " "))
+		}
+	}
+	b.WriteString("    _arguments -s $options '*:file:_files'\n}\n_imgnbd \"$@\"\n")
 	return b.String()
 }
 
@@ -146,7 +173,11 @@ func fishCompletion() string {
 	b.WriteString("# fish completion for imgnbd\n")
 	sub := strings.Join(completable()[1:], " ")
 	fmt.Fprintf(&b, "complete -c imgnbd -n __fish_use_subcommand -a '%s'\n", sub)
-	b.WriteString("complete -c imgnbd -n '__fish_seen_subcommand_from completion' -f -a 'bash zsh fish'\n")
+	for _, name := range completable() {
+		if list := operands(name); list != nil {
+			fmt.Fprintf(&b, "complete -c imgnbd -n '__fish_seen_subcommand_from %s' -f -a '%s'\n", name, strings.Join(list, " "))
+		}
+	}
 	for _, name := range completable() {
 		when := "__fish_use_subcommand"
 		if name == "" {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -142,17 +143,23 @@ func TestCompletion(t *testing.T) {
 	if code := run([]string{"imgnbd", "completion", "bash"}, nil, &script, os.Stderr); code != 0 {
 		t.Fatalf("exit status %d", code)
 	}
+	dir := t.TempDir()
+	for _, name := range []string{"my disk.qcow2", "my*", "yours"} {
+		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
 	complete := func(words ...string) []string {
 		cmd := exec.Command(bash, "-c", script.String()+`
 COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
 _imgnbd; printf '%s\n' "${COMPREPLY[@]}"`, "bash")
 		cmd.Args = append(cmd.Args, words...)
-		cmd.Dir = t.TempDir()
+		cmd.Dir = dir
 		out, err := cmd.CombinedOutput()
 		if err != nil {
 			t.Fatalf("%v: %s", err, out)
 		}
-		return strings.Fields(string(out))
+		return strings.Split(strings.TrimSuffix(string(out), "\n"), "\n")
 	}
 	for _, test := range []struct {
 		words []string
@@ -161,11 +168,23 @@ _imgnbd; printf '%s\n' "${COMPREPLY[@]}"`, "bash")
 		{[]string{"imgnbd", "--sel"}, "--selinux-label"},
 		{[]string{"imgnbd", "inf"}, "info"},
 		{[]string{"imgnbd", "info", "--backing-c"}, "--backing-chain"},
-		{[]string{"imgnbd", "--cache", "=", "wr"}, "writeback writethrough"},
+		{[]string{"imgnbd", "--cache", "=", "wr"}, "writeback|writethrough"},
 		{[]string{"imgnbd", "-f", "qc"}, "qcow2"},
 		{[]string{"imgnbd", "completion", "z"}, "zsh"},
+		{[]string{"imgnbd", "help", "u"}, "umount"},
+		{[]string{"imgnbd", "--tls-mode", "=", ""}, "allow|direct|require"},
+		{[]string{"imgnbd", "check", "-r", ""}, "all|leaks"},
+		{[]string{"imgnbd", "check", "--repair", "a"}, "all"},
+		{[]string{"imgnbd", "create", "-F", "r"}, "raw"},
+		{[]string{"imgnbd", "check", "my"}, "my disk.qcow2|my*"},
+		{[]string{"imgnbd", "my"}, "my disk.qcow2|my*"},
+		{[]string{"imgnbd", "-r", "my"}, "my disk.qcow2|my*"}, // of check it takes a word
+		{[]string{"imgnbd", "u"}, "umount"},
+		{[]string{"imgnbd", "y"}, "yours"},
+		{[]string{"imgnbd", "check", "z"}, ""},
 	} {
-		if got := strings.Join(complete(test.words...), " "); got != test.want {
+		got := complete(test.words...)
+		if slices.Sort(got); strings.Join(got, "|") != test.want {
 			t.Errorf("%q: %q, want %q", test.words, got, test.want)
 		}
 	}
