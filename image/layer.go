@@ -49,7 +49,7 @@ func (l *layer) check(ctx context.Context, src source, opt OpenOptions, what Che
 		return res, "", err
 	}
 	if f.Check == nil {
-		return res, f.Name, ErrNoCheck
+		return res, f.Name, l.uncheckable(ctx, src, opt)
 	}
 	s, err := l.openStore(ctx, src, f, opt)
 	if err != nil {
@@ -65,6 +65,20 @@ func (l *layer) check(ctx context.Context, src source, opt OpenOptions, what Che
 		res, err = f.Check(ctx, s, Options{Name: src.name, ReadOnly: opt.ReadOnly, Params: src.params, Warn: l.chain.Warn}, what)
 	}
 	return res, f.Name, errors.Join(err, s.Close())
+}
+
+// uncheckable is why an image is not checked, which is its format only if it is in
+// that format, and can be read. That takes a look, without a lock.
+func (l *layer) uncheckable(ctx context.Context, src source, opt OpenOptions) error {
+	opt.ReadOnly, opt.NoLock = true, true
+	d, err := l.open(ctx, src, opt)
+	if err == nil {
+		err = d.Close()
+	}
+	if err != nil {
+		return err
+	}
+	return ErrNoCheck
 }
 
 // formatOf finds out the format of an image, and where that takes a look, the

@@ -130,6 +130,30 @@ func TestCheckSameAsQEMUImg(t *testing.T) {
 	}
 }
 
+// What cannot be read has not been checked, whatever it is; of an encrypted image
+// the structure is in the clear.
+func TestCheckDifferences(t *testing.T) {
+	workplace(t)
+	qemu.Img(t, "create", "-q", "-f", "vmdk", "disk.vmdk", "4M")
+	qemu.Img(t, "create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=x", "-o", "encrypt.format=luks,encrypt.iter-time=10,encrypt.key-secret=s", "secret.qcow2", "4M")
+	for args, want := range map[string]outcome{
+		"disk.vmdk":                {Code: 1, Stderr: "imgnbd: Could not open 'disk.vmdk': it is a VMDK image"},
+		"-r leaks disk.vmdk":       {Code: 1, Stderr: "imgnbd: Could not open 'disk.vmdk': it is a VMDK image"},
+		"-f vmdk disk.qcow2":       {Code: 1, Stderr: "imgnbd: Could not open 'disk.qcow2': Image is not in vmdk format\n"},
+		"-r leaks -f vdi disk.raw": {Code: 1, Stderr: "imgnbd: Could not open 'disk.raw': Image is not in vdi format\n"},
+		"-f raw disk.vmdk":         {Code: exitUnsupported, Stderr: "imgnbd: This image format does not support checks\n"},
+		"secret.qcow2":             {Stdout: "No errors were found on the image.\n"},
+	} {
+		got := ours(append([]string{"imgnbd", "check"}, strings.Fields(args)...)...)
+		if got.Code != want.Code || !strings.HasPrefix(got.Stderr, want.Stderr) || !strings.HasPrefix(got.Stdout, want.Stdout) {
+			t.Errorf("%s: %+v", args, got)
+		}
+	}
+	if got, want := ours("imgnbd", "-r", "-k", t.TempDir()+"/s", "-f", "vmdk", "disk.qcow2"), "Image is not in vmdk format\n"; got.Code != 1 || !strings.HasSuffix(got.Stderr, want) {
+		t.Errorf("%+v", got)
+	}
+}
+
 // What is in an image that no version of this program can open is shown all
 // the same: here a feature that nobody knows.
 func TestInfoOfWhatCannotBeServed(t *testing.T) {

@@ -63,6 +63,13 @@ func TestForeign(t *testing.T) {
 				t.Errorf("%s %s, format %q: %v", tt.format, tt.options, format, err)
 			}
 		}
+		// That it is not checked does not mean that nothing is wrong with it.
+		for _, repair := range []image.Repair{image.RepairNothing, image.RepairLeaks} {
+			_, _, err := chain().Check(t.Context(), path, image.OpenOptions{}, image.CheckOptions{Repair: repair})
+			if !errors.Is(err, errors.ErrUnsupported) || errors.Is(err, image.ErrNoCheck) {
+				t.Errorf("%s %s is checked: %v", tt.format, tt.options, err)
+			}
+		}
 		// What it is can be told all the same, and for some of them the size.
 		size := int64(-1)
 		switch tt.format {
@@ -79,6 +86,29 @@ func TestForeign(t *testing.T) {
 			t.Fatal(err)
 		}
 		d.Close()
+	}
+}
+
+// What somebody takes for a format that it is not in is not said to be in it.
+func TestForeignMistaken(t *testing.T) {
+	path := qemu.Create(t, "qcow2", "", "10M")
+	for _, f := range drivers.Formats() {
+		if f.Name == "qcow2" || f.Name == "raw" {
+			continue
+		}
+		d, err := chain().Open(t.Context(), path, image.OpenOptions{Format: f.Name, ReadOnly: true})
+		if err == nil {
+			d.Close()
+		}
+		if !errors.Is(err, image.ErrWrongFormat) {
+			t.Errorf("opened as %s: %v", f.Name, err)
+		}
+		for _, repair := range []image.Repair{image.RepairNothing, image.RepairAll} {
+			_, _, err := chain().Check(t.Context(), path, image.OpenOptions{Format: f.Name}, image.CheckOptions{Repair: repair})
+			if !errors.Is(err, image.ErrWrongFormat) {
+				t.Errorf("checked as %s: %v", f.Name, err)
+			}
+		}
 	}
 }
 

@@ -52,7 +52,10 @@ func other(name, what string, probe func(io.ReaderAt) bool, sizes ...func(io.Rea
 	return image.Format{
 		Name:  name,
 		Probe: func(r io.ReaderAt, _ int64) bool { return probe(r) },
-		Open: func(_ context.Context, _ storage.Store, opt image.Options) (image.Device, error) {
+		Open: func(_ context.Context, s storage.Store, opt image.Options) (image.Device, error) {
+			if !probe(s) {
+				return nil, image.ErrWrongFormat
+			}
 			return nil, refuse(opt.Name)
 		},
 		Inspect: func(_ context.Context, s storage.Store) (*image.Inspection, error) {
