@@ -53,9 +53,16 @@ func (o *serveOptions) listExports(u *ui) error {
 		}
 	}
 	l, err := nbd.List(ctx, conn)
+	refused, _ := errors.AsType[*nbd.OptionError](err)
 	switch {
 	case errors.Is(err, nbd.ErrNoList):
 		return says("Server does not support export lists")
+	case refused != nil && refused.Reply == nbd.RepErrTLSReqd:
+		text := fmt.Sprintf("TLS negotiation required before option %d (%s)\nDid you forget a valid tls-creds?", refused.Option, refused.Option)
+		if refused.Message != "" {
+			text += "\nserver reported: " + printable(refused.Message)
+		}
+		return says("%s", text)
 	case err != nil:
 		return err
 	}

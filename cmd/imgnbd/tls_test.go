@@ -279,6 +279,13 @@ func TestIdentitySameAsQEMUNBD(t *testing.T) {
 	}
 }
 
+// -L without credentials says what is missing, in qemu-nbd's words.
+func TestListRequiresTLS(t *testing.T) {
+	_, server, _ := certificates(t)
+	socket := startTLS(t, "--object", "tls-creds-x509,id=a,endpoint=server,dir="+server, "--tls-creds=a")
+	compareOutcome(t, []string{"qemu-nbd", "-L", "-k", socket})
+}
+
 func TestTLSDirect(t *testing.T) {
 	_, server, client := certificates(t)
 	socket := startTLS(t, "--object", "tls-creds-x509,id=a,endpoint=server,dir="+server, "--tls-creds=a", "--tls-mode=direct")

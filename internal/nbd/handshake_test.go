@@ -156,6 +156,7 @@ func TestListRefused(t *testing.T) {
 		why    string
 	}{
 		"policy":  {play(start, reply(OptList, RepErrPolicy, "not you")), "policy: not you"},
+		"TLS":     {play(greeting(fixed), reply(OptExtendedHeaders, RepErrTLSReqd), reply(OptList, RepErrTLSReqd, "no")), "option list: the server requires TLS: no"},
 		"short":   {play(start, reply(OptList, RepServer, "x")), "1 bytes"},
 		"name":    {play(start, reply(OptList, RepServer, uint32(5), "1234")), "name of 5"},
 		"long":    {play(start, reply(OptList, RepServer, uint32(4097), strings.Repeat("x", 4097))), "name of 4097"},

@@ -52,10 +52,10 @@ func List(ctx context.Context, conn net.Conn) (*Listing, error) {
 }
 
 func (h *handshake) list() (*Listing, error) {
-	if err := h.chooseProtocol(Extended); err != nil {
+	if err := h.chooseProtocol(Extended); err != nil && !refused(err, RepErrTLSReqd) {
 		return nil, err
 	}
-	exports, err := h.names()
+	exports, err := h.names() // where TLS is required, it is for this too: what the user asked for
 	if err != nil {
 		return nil, err
 	}
