@@ -214,6 +214,9 @@ func (d *Disk) AppendExtents(dst []image.Extent, off, n int64, want image.Want) 
 	if err != nil {
 		return dst, d.fail("map", off, n, err)
 	}
+	if len(exts) == 0 && off < d.stored { // cut short: who reads it is told
+		return append(dst, d.extent(off, min(n, d.stored-off), false)), nil
+	}
 	if len(exts) == 0 { // past the end of the store
 		return append(dst, image.Extent{Offset: off, Length: n, Zero: true, Allocated: true}), nil
 	}

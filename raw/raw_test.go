@@ -190,6 +190,11 @@ func TestCutShort(t *testing.T) {
 	if _, err := d.ReadAt(make([]byte, 1024), 0); err != nil {
 		t.Errorf("reading what is left: %v", err)
 	}
+	for e, err := range image.Extents(d, 0, 4096, image.WantZero) {
+		if err != nil || e.Zero || !e.Data {
+			t.Errorf("%+v, %v: nobody would read it", e, err)
+		}
+	}
 }
 
 func TestWindow(t *testing.T) {
