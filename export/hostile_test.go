@@ -6,6 +6,7 @@ import (
 	"io"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -112,6 +113,86 @@ func TestScarceMemory(t *testing.T) {
 			}
 		}
 		s.cutAll()
+	})
+}
+
+// TestScarceWrite: a payload that is already here when memory is scarce is
+// written, durably if so asked for, as one that is still to come.
+func TestScarceWrite(t *testing.T) {
+	each(t, func(t *testing.T, network string, style style) {
+		if network == "pipe" {
+			return // nothing arrives in it before it is read
+		}
+		const large = 70 << 10
+		dev := &hooked{Device: memDisk(t, 1<<20)}
+		entered, goOn := make(chan struct{}, 1), make(chan struct{})
+		dev.writeAt = func(p []byte, off int64, flags image.WriteFlags) error {
+			if off == 0 {
+				entered <- struct{}{}
+				<-goOn
+			} else if durable := off < 2*large; durable != (flags == image.FUA) {
+				t.Errorf("a write at %d with flags %v", off, flags)
+			}
+			return dev.Device.WriteAt(p, off, flags)
+		}
+		s := serve(t, map[string]*Export{"": {Device: dev}}, func(s *Server) {
+			s.Limits.Memory = large / 2
+		})
+		p := s.connect(network, "", style)
+		// While the line is in the first, which is a slow one, the others arrive.
+		p.write(append(p.header(nbd.CmdWrite, 0, 1, 0, 512), pattern(0, 512)...))
+		<-entered
+		out := append(p.header(nbd.CmdWrite, nbd.CmdFlagFUA, 2, large, large), pattern(large, large)...)
+		out = append(append(out, p.header(nbd.CmdWrite, 0, 3, 2*large, large)...), pattern(2*large, large)...)
+		p.write(out)
+		close(goOn)
+		for cookie := range uint64(3) {
+			if c := p.chunk(0); c.cookie != cookie+1 || c.errno != 0 {
+				t.Fatalf("%+v", c)
+			}
+		}
+		for _, off := range []uint64{large, 2 * large} {
+			same(t, "what was written", p.ok(nbd.CmdRead, 0, off, large, nil), pattern(off, large))
+		}
+		if s.count(limitMemory) == 0 {
+			t.Error("memory was not scarce: nothing was tested")
+		}
+	})
+}
+
+// TestMemoryRefused: what asks for memory that the system does not give is
+// served without.
+func TestMemoryRefused(t *testing.T) {
+	each(t, func(t *testing.T, network string, style style) {
+		const size, large = 8 << 20, 1 << 20
+		var waits atomic.Bool
+		dev := &hooked{Device: memDisk(t, size)}
+		dev.tryReadAt = func(p []byte, off int64) error {
+			if waits.Load() {
+				return image.ErrWouldBlock
+			}
+			return dev.Device.TryReadAt(p, off)
+		}
+		s := serve(t, map[string]*Export{"": {Device: dev}}, func(s *Server) {
+			s.bufs.alloc = func(int) ([]byte, error) { return nil, syscall.ENOMEM }
+		})
+		p := s.connect(network, "", style)
+		for _, n := range []int{512, 128 << 10, large, large} { // the last is expected
+			for _, flags := range []nbd.CommandFlags{nbd.CmdFlagFUA, 0} {
+				off := uint64(n + int(flags))
+				p.ok(nbd.CmdWrite, flags, off, uint64(n), pattern(off, n))
+				for _, w := range []bool{false, true} {
+					waits.Store(w)
+					same(t, "read", p.ok(nbd.CmdRead, 0, off, uint64(n), nil), pattern(off, n))
+				}
+			}
+		}
+		p.ok(nbd.CmdCache, 0, 0, size, nil)
+		p.ok(nbd.CmdTrim, 0, 0, size, nil)
+		p.ok(nbd.CmdFlush, 0, 0, 0, nil)
+		if s.count(limitMemory) == 0 {
+			t.Error("memory was not scarce: nothing was tested")
+		}
 	})
 }
 

@@ -45,8 +45,8 @@ func (t *task) smallSize() int {
 
 // newTask counts a request that needs a buffer of n bytes, none if n is 0, and
 // may hold so many bytes besides. It waits as long as the limits say so, and
-// fails when the connection ends. With errScarce the connection holds nothing,
-// and there is no memory: the request has to be served without.
+// fails when the connection ends. With errScarce there is no memory, and nothing
+// of the connection's to wait for: the request has to be served without.
 func (s *session) newTask(r *request, n int, hold int64) (*task, error) {
 	charge := taskOverhead + hold
 	if n > 0 {
@@ -77,7 +77,8 @@ func (s *session) newTask(r *request, n int, hold int64) (*task, error) {
 		var err error
 		if t.buf, err = s.srv.bufs.get(n); err != nil {
 			s.endTask(t)
-			return nil, err
+			s.srv.reached(limitMemory, "client", s.client.Addr, "err", err)
+			return nil, errScarce
 		}
 	}
 	return t, nil

@@ -349,6 +349,10 @@ func (s *session) do(r *request, payload []byte) error {
 			return s.writeHere(r, payload)
 		}
 		t, err := s.newTask(r, len(payload), 0)
+		if err == errScarce {
+			s.line.r -= len(payload) // it is there still
+			return s.streamWrite(r)
+		}
 		if err != nil {
 			return err
 		}
@@ -449,7 +453,8 @@ func (s *session) takeWrite(r *request) error {
 	return s.finishWrite(t, have)
 }
 
-// streamWrite writes a payload piece by piece, as it arrives.
+// streamWrite writes a payload, of which some may be there, piece by piece, as it
+// arrives.
 func (s *session) streamWrite(r *request) error {
 	l := &s.line
 	var flags image.WriteFlags
