@@ -220,22 +220,24 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	s.changed.Broadcast()
 	s.mu.Unlock()
 
-	cut := context.AfterFunc(ctx, func() {
+	cut := 0 // connections, which nobody may be handed; guarded by mu
+	stop := context.AfterFunc(ctx, func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
+		cut = len(s.sessions)
 		for ses := range s.sessions {
-			ses.cut()
+			go ses.cut() // to close waits for who uses the descriptor
 		}
 		s.changed.Broadcast()
 	})
-	defer cut()
+	defer stop()
 
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for len(s.sessions) > 0 && ctx.Err() == nil {
 		s.changed.Wait()
 	}
-	if n := len(s.sessions); n > 0 {
+	if n := max(cut, len(s.sessions)); n > 0 {
 		return fmt.Errorf("%d connections did not end: %w", n, context.Cause(ctx))
 	}
 	s.bufs.drain()
