@@ -213,11 +213,14 @@ func parseHeader(b []byte) (*header, error) {
 }
 
 // parseExtensions reads the extensions in b[off:end]. The area ends at an end
-// marker, at its limit, or where the image does.
+// marker, at its limit, or where the image does: what follows would be zeros if it
+// grew.
 func (h *header) parseExtensions(b []byte, off, end uint64) error {
-	for off < end && off+8 <= uint64(len(b)) {
-		kind := binary.BigEndian.Uint32(b[off:])
-		n := uint64(binary.BigEndian.Uint32(b[off+4:]))
+	for off < end && off < uint64(len(b)) {
+		var head [8]byte
+		copy(head[:], b[off:])
+		kind := binary.BigEndian.Uint32(head[:])
+		n := uint64(binary.BigEndian.Uint32(head[4:]))
 		off += 8
 		if off > end || n > end-off { // the end marker's length counts too
 			return corrupt("Header extension too large")
@@ -225,7 +228,7 @@ func (h *header) parseExtensions(b []byte, off, end uint64) error {
 		if kind == extEnd {
 			return nil
 		}
-		if n > uint64(len(b))-off {
+		if off+n > uint64(len(b)) {
 			return corrupt("Header extension too large")
 		}
 		h.extensions = append(h.extensions, extension{kind, bytes.Clone(b[off : off+n])})
