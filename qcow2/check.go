@@ -53,6 +53,7 @@ type checker struct {
 	made  *roleMap // what was made,
 
 	uncounted bool // and has no counts yet
+	marked    bool // the image is dirty for that alone
 
 	past, pastFrom int64 // references past the end that the store may grow for
 	beyond         int64 // where other references past the end begin

@@ -72,7 +72,7 @@ func (c *checker) rebuild(errors int64) error {
 	c.h.refTableOffset, c.h.refTableClusters = uint64(first)<<g.clusterBits, uint32(tableClusters)
 	c.broken = false
 	c.forget()
-	return c.switchHeader(48, 12)
+	return c.switchHeader(40, 20) // with the L1 table, which may be new too
 }
 
 // place finds room for a refcount table and the blocks behind it. groups are

@@ -26,7 +26,10 @@ import (
 //  4. When that is durable the dirty and the corrupt bit go, if nothing is wrong.
 //
 // Guest data is never written, and at no point is a count lower than what is
-// durable needs, unless it was before. A repair that is cut off is begun again.
+// durable needs, unless it was before, or the image is marked as dirty: that it
+// is before it refers to what the repair made and has no counts yet. Version 2
+// has no such mark, and gets the new counts by the same write. A repair that is
+// cut off is begun again.
 
 // snapshotExtra is the extra data that version 3 wants of a snapshot, in bytes:
 // the size of the VM state, and of the disk.
@@ -271,7 +274,8 @@ func (c *checker) separate() (bool, error) {
 	for k := first; k < first+n; k++ {
 		moved = moved || c.roles.get(k) == roleMixed
 	}
-	if moved {
+	bare := c.h.version < 3 && len(copies) > 0 // no mark would say that their counts are missing
+	if moved || bare {
 		// The entries are those in memory.
 		to, err := c.alloc(n)
 		if err != nil {
@@ -285,18 +289,53 @@ func (c *checker) separate() (bool, error) {
 		if err := c.store.WriteAt(b, at, 0); err != nil {
 			return false, err
 		}
-		c.res.CorruptionsFixed++
-		c.report(false, "Repairing L1 table at 0x%x: it is used as something else too, moved to 0x%x", c.h.l1Offset, at)
+		if moved {
+			c.res.CorruptionsFixed++
+			c.report(false, "Repairing L1 table at 0x%x: it is used as something else too, moved to 0x%x", c.h.l1Offset, at)
+		}
+		if c.h.version < 3 {
+			return true, c.switchWithCounts(uint64(at))
+		}
+		if err := c.mark(); err != nil {
+			return false, err
+		}
 		c.h.l1Offset = uint64(at)
 		return true, c.switchHeader(40, 8)
 	}
 	if changed.empty() {
 		return false, nil
 	}
+	if len(copies) > 0 {
+		if err := c.mark(); err != nil {
+			return false, err
+		}
+	}
 	if err := c.store.Sync(); err != nil {
 		return false, err
 	}
 	return true, c.writeL1(int64(c.h.l1Offset), c.l1, changed)
+}
+
+// switchWithCounts puts a new L1 table into force together with the counts of
+// all that it leads to.
+func (c *checker) switchWithCounts(l1At uint64) error {
+	errors := c.res.CheckErrors
+	if err := c.compare(compareOnly); err != nil {
+		return err
+	}
+	c.h.l1Offset = l1At
+	return c.rebuild(errors)
+}
+
+// mark sets the dirty bit, durably: whoever opens the image for writing before
+// what was made has its counts has to repair it first.
+func (c *checker) mark() error {
+	if c.h.version < 3 || c.h.incompatible&incompatDirty != 0 {
+		return nil
+	}
+	c.marked = true
+	c.h.incompatible |= incompatDirty
+	return c.switchHeader(72, 8)
 }
 
 // copyOut copies n clusters to where there is room.
@@ -452,6 +491,9 @@ func (c *checker) mendSnapshots() (bool, error) {
 	if err := c.store.WriteAt(b, first<<c.g.clusterBits, 0); err != nil {
 		return false, err
 	}
+	if err := c.mark(); err != nil {
+		return false, err
+	}
 	c.h.snapshotOffset = uint64(first) << c.g.clusterBits
 	return true, c.switchHeader(60, 12)
 }
@@ -528,7 +570,8 @@ func (c *checker) rightsCopied() bool {
 	return c.mends(false) || c.mends(true) && r.CheckErrors == 0 && r.Corruptions == 0 && r.Leaks == 0
 }
 
-// clean clears the bits that say that something is wrong, if nothing is.
+// clean clears the bits that say that something is wrong, if nothing is. The
+// mark of this repair goes as soon as all counts are right.
 func (c *checker) clean() error {
 	if c.opt.Repair == image.RepairNothing {
 		return nil
@@ -537,7 +580,13 @@ func (c *checker) clean() error {
 		return err
 	}
 	wrong := c.h.incompatible & (incompatDirty | incompatCorrupt)
-	if wrong == 0 || c.res.CheckErrors > 0 || c.res.Corruptions > 0 {
+	switch {
+	case c.res.Corruptions > 0 && c.marked:
+		wrong = incompatDirty
+	case c.res.Corruptions > 0:
+		wrong = 0
+	}
+	if wrong == 0 || c.res.CheckErrors > 0 {
 		return nil
 	}
 	c.h.incompatible &^= wrong

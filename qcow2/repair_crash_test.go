@@ -1,12 +1,15 @@
 package qcow2
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -66,12 +69,18 @@ var hardRepairs = map[string]func(e *editor){
 }
 
 // repairBase is an image with all that can be damaged.
-func repairBase(t testing.TB) []byte {
-	r := recipe{options: "cluster_size=4k", io: writes, size: "8M"}
+func repairBase(t testing.TB) []byte { return repairBaseOf(t, "1.1") }
+
+// repairBaseOf is one with the features of some QEMU: without bitmaps, which
+// version 2 does not know, if that is 0.10.
+func repairBaseOf(t testing.TB, compat string) []byte {
+	r := recipe{options: "cluster_size=4k,compat=" + compat, io: writes, size: "8M"}
 	file := r.make(t)
 	qemu.Img(t, "snapshot", "-c", "first", file)
 	qemu.IO(t, "qcow2", file, "write -P 0x91 0 60k", "discard 3M 64k", "write -P 0x92 900k 200k")
-	qemu.Img(t, "bitmap", "--add", "-g", "512", file, "fine")
+	if compat != "0.10" {
+		qemu.Img(t, "bitmap", "--add", "-g", "512", file, "fine")
+	}
 	qemu.IO(t, "qcow2", file, "write -P 0x93 7M 100k")
 	b, err := os.ReadFile(file)
 	if err != nil {
@@ -122,6 +131,81 @@ func soundAfterRepair(t testing.TB, s storage.Store, before guestView) error {
 	return nil
 }
 
+// writersVerdict is what writers that know nothing of a repair make of an
+// image.
+type writersVerdict struct {
+	ours, theirs error           // why they cannot write to it
+	wrong        map[string]bool // clusters that lack counts, before or after, and what else they changed
+}
+
+// What those write, where some of the image is not allocated.
+const writtenAt, writtenSize = 3200 << 10, 512 << 10
+
+// writeOurs lets our writer write to an image.
+func writeOurs(t testing.TB, s storage.Store) error {
+	t.Helper()
+	im, err := Open(t.Context(), shared{s}, image.Options{})
+	if err != nil {
+		return err
+	}
+	return errors.Join(im.WriteAt(bytes.Repeat([]byte{0x55}, writtenSize), writtenAt, 0), im.Flush(), im.Close())
+}
+
+// judgeWriters lets our writer and QEMU's write to copies of an image.
+func judgeWriters(t testing.TB, b []byte, before guestView) (v writersVerdict) {
+	t.Helper()
+	v.wrong = map[string]bool{}
+	note := func(findings []string) {
+		for _, f := range findings {
+			var cluster, stored, refs uint64
+			if n, _ := fmt.Sscanf(f, "ERROR cluster %d refcount=%d reference=%d", &cluster, &stored, &refs); n == 3 && stored < refs {
+				v.wrong[f] = true
+			}
+		}
+	}
+	mem := storagetest.MemOf(b)
+	v.ours = writeOurs(t, mem)
+	after := viewStore(t, mem)
+	for off := int64(0); off < 8<<20; off += 4 << 10 {
+		place := fmt.Sprintf("disk %#x", off)
+		if was, ok := before[place]; ok && (off < writtenAt || off >= writtenAt+writtenSize) && !bytes.Equal(was, after[place]) {
+			v.wrong[place+" changed"] = true
+		}
+	}
+	_, findings, _ := repairStore(mem, image.RepairNothing)
+	note(findings)
+
+	file := filepath.Join(t.TempDir(), "i.qcow2")
+	if err := os.WriteFile(file, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if binary.BigEndian.Uint32(b[4:]) < 3 || b[79]&byte(incompatDirty) == 0 { // else QEMU too repairs it first
+		note(strings.Split(qemu.Try(t, "qemu-img", "check", "-f", "qcow2", file).Stderr, "\n"))
+	}
+	if r := qemu.Try(t, "qemu-io", "-f", "qcow2", "-c", fmt.Sprintf("write -P 0x55 %d %d", writtenAt, writtenSize), file); r.Code != 0 || strings.Contains(r.Stdout+r.Stderr, " failed: ") {
+		v.theirs = errors.New(r.Stdout + r.Stderr)
+	}
+	note(strings.Split(qemu.Try(t, "qemu-img", "check", "-f", "qcow2", file).Stderr, "\n"))
+	return v
+}
+
+// worse returns what writers can do no more that they could, or do wrong that
+// they did not.
+func (v writersVerdict) worse(after writersVerdict) error {
+	switch {
+	case v.ours == nil && after.ours != nil:
+		return fmt.Errorf("our writer: %w", after.ours)
+	case v.theirs == nil && after.theirs != nil:
+		return fmt.Errorf("QEMU's writer: %w", after.theirs)
+	}
+	for what := range after.wrong {
+		if !v.wrong[what] {
+			return errors.New(what)
+		}
+	}
+	return nil
+}
+
 // repairStores are the kinds of store that an image is repaired on.
 var repairStores = map[string]storage.Info{
 	"file":   {NewReadsZero: true},
@@ -139,48 +223,74 @@ func onStore(b []byte, info storage.Info) []byte {
 	return b
 }
 
+// TestRepairPowerCut cuts the power at every step of a repair. What is there
+// then is no worse for writers than what the repair began with, and a repair
+// that is begun again succeeds.
 func TestRepairPowerCut(t *testing.T) {
 	qemu.Require(t, "qemu-img", "qemu-io")
-	base := repairBase(t)
+	bases := map[string][]byte{"": repairBase(t), "/version 2": repairBaseOf(t, "0.10")}
 	samples := int(min(crashRuns(2), 20))
 	if testing.Short() {
 		samples = 1
 	}
-	var points atomic.Int64
-	t.Cleanup(func() { t.Logf("%d power cuts while images were repaired", points.Load()) })
-	for name, change := range hardRepairs {
-		for kind, info := range repairStores {
-			if name == "cut off" && info.FixedSize {
-				continue // a device cannot grow
+	var points, judged atomic.Int64
+	t.Cleanup(func() {
+		t.Logf("%d power cuts while images were repaired, %d of them judged by writers", points.Load(), judged.Load())
+	})
+	for version, base := range bases {
+		for name, change := range hardRepairs {
+			if version != "" && (strings.HasPrefix(name, "bit") || name == "snapshots") {
+				continue // version 2 has no such thing
 			}
-			t.Run(name+"/"+kind, func(t *testing.T) {
-				t.Parallel()
-				b := onStore(damaged(t, base, change), info)
-				before := viewStore(t, storagetest.MemOf(b))
-				log := new(storagetest.Log)
-				store := log.NewStore(b, info)
-				if res, findings, err := repairStore(store, image.RepairAll); err != nil || res.CorruptionsFixed+res.LeaksFixed == 0 && name != "bits" {
-					t.Fatal(res, findings, err)
+			for kind, info := range repairStores {
+				if name == "cut off" && info.FixedSize {
+					continue // a device cannot grow
 				}
-				if err := soundAfterRepair(t, storagetest.MemOf(store.Bytes()), before); err != nil {
-					t.Fatal(err)
-				}
-				rnd := rand.New(rand.NewPCG(1, 2))
-				disk := log.NewDisk(rnd)
-				events := log.Events()
-				for i, e := range events {
-					disk.Step(e)
-					for range samples {
-						points.Add(1)
-						if err := soundAfterRepair(t, storagetest.MemOf(disk.Crash()[0]), before); err != nil {
-							t.Fatalf("power cut after event %d of %d: %v", i, len(events), err)
+				t.Run(name+"/"+kind+version, func(t *testing.T) {
+					t.Parallel()
+					b := onStore(damaged(t, base, change), info)
+					before := viewStore(t, storagetest.MemOf(b))
+					log := new(storagetest.Log)
+					store := log.NewStore(b, info)
+					if res, findings, err := repairStore(store, image.RepairAll); err != nil || res.CorruptionsFixed+res.LeaksFixed == 0 && name != "bits" {
+						t.Fatal(res, findings, err)
+					}
+					if err := soundAfterRepair(t, storagetest.MemOf(store.Bytes()), before); err != nil {
+						t.Fatal(err)
+					}
+					writers := judgeWriters(t, b, before)
+					known := map[[sha256.Size]byte]bool{sha256.Sum256(b): true}
+					judge := func(b []byte) error {
+						sum := sha256.Sum256(b)
+						if known[sum] {
+							return nil
+						}
+						known[sum] = true
+						judged.Add(1)
+						return writers.worse(judgeWriters(t, b, before))
+					}
+					rnd := rand.New(rand.NewPCG(1, 2))
+					disk := log.NewDisk(rnd)
+					events := log.Events()
+					for i, e := range events {
+						disk.Step(e)
+						cuts := [][]byte{disk.Cache(0)} // a kill
+						for range samples {
+							points.Add(1)
+							cuts = append(cuts, disk.Crash()[0])
+						}
+						for _, cut := range cuts {
+							err := judge(cut)
+							if err == nil {
+								err = soundAfterRepair(t, storagetest.MemOf(cut), before)
+							}
+							if err != nil {
+								t.Fatalf("cut off after event %d of %d: %v", i, len(events), err)
+							}
 						}
 					}
-				}
-				if err := soundAfterRepair(t, storagetest.MemOf(disk.Cache(0)), before); err != nil {
-					t.Fatal(err)
-				}
-			})
+				})
+			}
 		}
 	}
 }
@@ -195,6 +305,7 @@ func TestRepairFaults(t *testing.T) {
 			t.Parallel()
 			b := damaged(t, base, change)
 			before := viewStore(t, storagetest.MemOf(b))
+			writable := writeOurs(t, storagetest.MemOf(b)) == nil
 			for k := 1; ; k++ {
 				mem := storagetest.MemOf(b)
 				fail := storagetest.Failure{Err: []error{syscall.EIO, syscall.ENOSPC}[k%2], Done: int64(k % 3 * 512)}
@@ -208,6 +319,9 @@ func TestRepairFaults(t *testing.T) {
 				}
 				if err == nil && res.CheckErrors == 0 && !strings.Contains(strings.Join(findings, "\n"), "Rebuilding") {
 					t.Fatalf("%v was not noticed: %+v\n%s", faulty.Injected(), res, strings.Join(findings, "\n"))
+				}
+				if err := writeOurs(t, storagetest.MemOf(mem.Bytes())); err != nil && writable {
+					t.Fatalf("after %v: our writer: %v", faulty.Injected(), err)
 				}
 				if err := soundAfterRepair(t, mem, before); err != nil {
 					t.Fatalf("after %v: %v", faulty.Injected(), err)

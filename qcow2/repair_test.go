@@ -458,4 +458,15 @@ func TestRepairBits(t *testing.T) {
 			t.Error("the corrupt bit is gone, the damage is not")
 		}
 	})
+	// But for the mark of a repair that made something.
+	mem := storagetest.MemOf(damaged(t, repairBase(t), func(e *editor) {
+		hardRepairs["snapshots"](e)
+		e.xor(e.l2(0, 0), 512)
+	}))
+	if res, _, err := repairStore(mem, image.RepairAll); err != nil || res.Corruptions == 0 || res.CorruptionsFixed == 0 {
+		t.Error(res, err)
+	}
+	if h, err := readHeader(mem); err != nil || h.incompatible != 0 {
+		t.Error(h, err)
+	}
 }
