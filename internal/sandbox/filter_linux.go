@@ -28,6 +28,9 @@ const (
 	argsAt   = 16
 )
 
+// fioSetOwn is the old form of SIOCSPGRP; package unix lacks it.
+const fioSetOwn = 0x8901
+
 // newest is the last call that the lists here were made with.
 const newest = unix.SYS_RSEQ_SLICE_YIELD
 
@@ -37,6 +40,7 @@ var never = slices.Concat([]uint32{
 	unix.SYS_EXECVE, unix.SYS_EXECVEAT, unix.SYS_PTRACE, unix.SYS_PROCESS_VM_READV, unix.SYS_PROCESS_VM_WRITEV,
 	unix.SYS_KCMP, unix.SYS_PIDFD_GETFD, unix.SYS_PROCESS_MADVISE, unix.SYS_PROCESS_MRELEASE,
 	unix.SYS_MIGRATE_PAGES, unix.SYS_MOVE_PAGES, unix.SYS_SETNS, unix.SYS_UNSHARE,
+	unix.SYS_SHMGET, unix.SYS_SHMAT, // which also makes memory executable
 	// Mounts.
 	unix.SYS_MOUNT, unix.SYS_UMOUNT2, unix.SYS_PIVOT_ROOT, unix.SYS_CHROOT, unix.SYS_OPEN_TREE, unix.SYS_OPEN_TREE_ATTR,
 	unix.SYS_MOVE_MOUNT, unix.SYS_FSOPEN, unix.SYS_FSCONFIG, unix.SYS_FSMOUNT, unix.SYS_FSPICK, unix.SYS_MOUNT_SETATTR,
@@ -87,8 +91,16 @@ func filter(p Policy, pid int) []unix.SockFilter {
 		f.when(unix.SYS_KILL, argument(0), equal(uint32(pid), allowed), answer(forbidden))
 		f.forbid(signalling)
 	}
+	f.when(unix.SYS_PRLIMIT64, argument(0), equal(0, allowed), equal(uint32(pid), allowed), answer(forbidden))
+	// The owner of a file is signalled when something happens to it.
+	f.when(unix.SYS_FCNTL, argument(1), equal(unix.F_SETOWN, forbidden), equal(unix.F_SETOWN_EX, forbidden), equal(unix.F_SETSIG, forbidden), answer(allowed))
 	// What is typed on a terminal is typed by people.
-	f.when(unix.SYS_IOCTL, argument(1), equal(unix.TIOCSTI, forbidden), equal(unix.TIOCLINUX, forbidden), answer(allowed))
+	f.when(unix.SYS_IOCTL, argument(1), equal(unix.TIOCSTI, forbidden), equal(unix.TIOCLINUX, forbidden),
+		equal(fioSetOwn, forbidden), equal(unix.SIOCSPGRP, forbidden), answer(allowed))
+	// To send can be to connect.
+	f.when(unix.SYS_SENDTO, argument(3), set(unix.MSG_FASTOPEN, forbidden), answer(allowed))
+	f.when(unix.SYS_SENDMSG, argument(2), set(unix.MSG_FASTOPEN, forbidden), answer(allowed))
+	f.when(unix.SYS_SENDMMSG, argument(3), set(unix.MSG_FASTOPEN, forbidden), answer(allowed))
 	for _, call := range []uint32{unix.SYS_MMAP, unix.SYS_MPROTECT, unix.SYS_PKEY_MPROTECT} {
 		f.when(call, argument(2), set(unix.PROT_EXEC, forbidden), answer(allowed))
 	}

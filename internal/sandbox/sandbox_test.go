@@ -65,6 +65,13 @@ func probe(flags string) {
 	file, err := os.OpenFile("in/open", os.O_RDWR|os.O_CREATE, 0o600)
 	check(err)
 
+	// What is listened on, elsewhere, and two ends of a connection.
+	listener, other := tcpSocket(), tcpSocket()
+	elsewhere, err := unix.Getsockname(other)
+	check(err)
+	ends, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+	check(err)
+
 	// Threads that are there before the filter, and busy, have it too.
 	const threads = 8
 	var there, over sync.WaitGroup
@@ -120,9 +127,24 @@ func probe(flags string) {
 	say("remove another", os.Remove("out/file"))
 	_, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
 	say("socket", err)
+	// A listener that is shut down is a socket that may connect.
+	say("use: shut down", unix.Shutdown(listener, unix.SHUT_RDWR))
+	say("fast open", unix.Sendto(listener, []byte("x"), unix.MSG_FASTOPEN, elsewhere))
+	_, err = unix.SendmsgN(listener, []byte("x"), nil, elsewhere, unix.MSG_FASTOPEN)
+	say("fast open by a message", err)
+	try("fast open by messages", unix.SYS_SENDMMSG, uintptr(listener), 0, 0, unix.MSG_FASTOPEN)
 	say("signal a stranger", unix.Kill(os.Getppid(), 0))
 	say("signal a child", unix.Kill(child.Process.Pid, 0))
 	say("signal itself", unix.Kill(os.Getpid(), 0))
+	try("owner", unix.SYS_FCNTL, uintptr(ends[0]), unix.F_SETOWN, uintptr(child.Process.Pid), 0)
+	owner := [2]int32{1, int32(child.Process.Pid)} // F_OWNER_PID
+	try("owner by kind", unix.SYS_FCNTL, uintptr(ends[0]), unix.F_SETOWN_EX, uintptr(unsafe.Pointer(&owner)), 0)
+	try("owner's signal", unix.SYS_FCNTL, uintptr(ends[0]), unix.F_SETSIG, uintptr(unix.SIGKILL), 0)
+	for _, request := range []uintptr{fioSetOwn, unix.SIOCSPGRP} {
+		try(fmt.Sprintf("owner by ioctl %#x", request), unix.SYS_IOCTL, uintptr(ends[0]), request, uintptr(unsafe.Pointer(&owner[1])), 0)
+	}
+	var limit unix.Rlimit
+	try("limit a child", unix.SYS_PRLIMIT64, uintptr(child.Process.Pid), unix.RLIMIT_CPU, 0, uintptr(unsafe.Pointer(&limit)))
 	try("ptrace", unix.SYS_PTRACE, unix.PTRACE_ATTACH, uintptr(child.Process.Pid), 0, 0)
 	try("unshare", unix.SYS_UNSHARE, unix.CLONE_NEWNS, 0, 0, 0)
 	try("mount", unix.SYS_MOUNT, 0, 0, 0, 0)
@@ -133,6 +155,8 @@ func probe(flags string) {
 	try("become root", unix.SYS_SETUID, 0, 0, 0, 0)
 	_, err = unix.Mmap(-1, 0, 4096, unix.PROT_READ|unix.PROT_EXEC, unix.MAP_PRIVATE|unix.MAP_ANON)
 	say("code", err)
+	try("shared memory", unix.SYS_SHMGET, unix.IPC_PRIVATE, 4096, 0o700, 0)
+	try("shared memory of others", unix.SYS_SHMAT, 0, 0, 0, 0)
 	say("type", unix.IoctlSetPointerInt(0, unix.TIOCSTI, 'x'))
 
 	// What a server does.
@@ -145,6 +169,13 @@ func probe(flags string) {
 		_, err := unix.Mmap(-1, 0, 1<<20, unix.PROT_READ, unix.MAP_PRIVATE|unix.MAP_ANON)
 		return err
 	}())
+	say("use: send", unix.Sendto(ends[0], []byte("x"), unix.MSG_NOSIGNAL, nil))
+	_, err = unix.SendmsgN(ends[0], []byte("x"), nil, nil, unix.MSG_NOSIGNAL)
+	say("use: send a message", err)
+	_, err = unix.FcntlInt(uintptr(ends[0]), unix.F_DUPFD_CLOEXEC, 0)
+	say("use: duplicate", err)
+	try("use: limit", unix.SYS_PRLIMIT64, 0, unix.RLIMIT_NOFILE, 0, uintptr(unsafe.Pointer(&limit)))
+	try("use: limit by number", unix.SYS_PRLIMIT64, uintptr(os.Getpid()), unix.RLIMIT_NOFILE, 0, uintptr(unsafe.Pointer(&limit)))
 	say("use: close", errors.Join(file.Close(), l.Close()))
 	var more sync.WaitGroup
 	for range threads { // new threads
@@ -152,6 +183,15 @@ func probe(flags string) {
 	}
 	more.Wait()
 	say("use: end of a child", errors.Join(input.Close(), child.Wait()))
+}
+
+// tcpSocket returns one that is listened on.
+func tcpSocket() int {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+	check(err)
+	check(unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}))
+	check(unix.Listen(fd, 1))
+	return fd
 }
 
 // refuseFilters makes this a kernel without filters, for all threads.
