@@ -154,16 +154,12 @@ func (c *Chain) recognise(s storage.Store) (f *Format, guessed bool, err error) 
 	if err != nil {
 		return nil, false, err
 	}
-	if f := probe(c.Formats, s, size); f != nil {
-		return f, false, nil
+	if f, err := probe(c.Formats, s, size); f != nil || err != nil {
+		return f, false, err
 	}
 	f, err = c.format("raw")
 	if err != nil {
 		return nil, false, ErrWrongFormat
-	}
-	// A store that cannot be read looks like nothing, which is no ground for a guess.
-	if _, err := s.ReadAt(make([]byte, min(size, 512)), 0); err != nil {
-		return nil, false, err
 	}
 	return f, true, nil
 }

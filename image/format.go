@@ -13,7 +13,8 @@ type Format struct {
 	Name string
 
 	// Probe recognises the format by at most 64 KiB at either end of the
-	// store. nil: the format is never guessed.
+	// store; what it cannot read it does not recognise (see Recognises). nil: the
+	// format is never guessed.
 	Probe func(r io.ReaderAt, size int64) bool
 
 	// Open gives the bytes of s a meaning. It takes ownership of s only if it

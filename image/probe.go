@@ -1,6 +1,7 @@
 package image
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"sync"
@@ -10,14 +11,46 @@ import (
 // probeReach is how far from either end of an image a Format.Probe looks.
 const probeReach = 64 << 10
 
-// probe returns the first format that recognises r.
-func probe(formats []Format, r io.ReaderAt, size int64) *Format {
+// probe returns the first format that recognises r, nil if none does.
+func probe(formats []Format, r io.ReaderAt, size int64) (*Format, error) {
 	for i := range formats {
-		if p := formats[i].Probe; p != nil && p(r, size) {
-			return &formats[i]
+		yes, err := formats[i].Recognises(r, size)
+		if err != nil {
+			return nil, err
+		}
+		if yes {
+			return &formats[i], nil
 		}
 	}
-	return nil
+	return nil, nil
+}
+
+// Recognises asks f.Probe. An error is that of a read: a format that could not
+// look has not said no.
+func (f *Format) Recognises(r io.ReaderAt, size int64) (bool, error) {
+	if f.Probe == nil {
+		return false, nil
+	}
+	v := probedReader{r: r}
+	yes := f.Probe(&v, size)
+	return yes && v.err == nil, v.err
+}
+
+// A probedReader keeps the error that a Probe cannot return.
+type probedReader struct {
+	r   io.ReaderAt
+	err error // the first but io.EOF
+}
+
+func (v *probedReader) ReadAt(p []byte, off int64) (int, error) {
+	if off < 0 {
+		return 0, io.EOF // the store is too small for what lies at its end
+	}
+	n, err := v.r.ReadAt(p, off)
+	if err != nil && !errors.Is(err, io.EOF) && v.err == nil {
+		v.err = err
+	}
+	return n, err
 }
 
 // ProbeGuard returns d with writes refused, as syscall.EPERM, that would make
@@ -88,10 +121,9 @@ func (g *probeGuard) check(p []byte, off, n int64) error {
 	if CheckRange(g.size, off, n) != nil || g.Info().ReadOnly {
 		return nil // refused below, with its own error
 	}
-	v := pendingWrite{d: g.Device, size: g.size, p: p, off: off, n: n}
-	f := probe(g.formats, &v, g.size)
-	if v.err != nil {
-		return v.err // a format that could not look has not said no
+	f, err := probe(g.formats, &pendingWrite{g.Device, g.size, p, off, n}, g.size)
+	if err != nil {
+		return err
 	}
 	if f != nil {
 		return &Hint{
@@ -108,18 +140,16 @@ type pendingWrite struct {
 	size   int64
 	p      []byte // nil: zeros
 	off, n int64
-	err    error // the first of reading d
 }
 
 func (v *pendingWrite) ReadAt(p []byte, off int64) (n int, err error) {
-	if off < 0 || off >= v.size {
+	if off >= v.size {
 		return 0, io.EOF
 	}
 	if int64(len(p)) > v.size-off {
 		p, err = p[:v.size-off], io.EOF
 	}
 	if _, e := v.d.ReadAt(p, off); e != nil {
-		v.err = e
 		return 0, e
 	}
 	lo, hi := max(off, v.off), min(off+int64(len(p)), v.off+v.n)

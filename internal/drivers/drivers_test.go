@@ -2,8 +2,10 @@ package drivers_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,6 +15,9 @@ import (
 	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/internal/drivers"
 	"github.com/imgnbd/imgnbd/internal/test/qemu"
+	"github.com/imgnbd/imgnbd/storage"
+	"github.com/imgnbd/imgnbd/storage/file"
+	"github.com/imgnbd/imgnbd/storage/storagetest"
 )
 
 func chain() *image.Chain {
@@ -154,6 +159,74 @@ func TestProbeErrors(t *testing.T) {
 	for _, f := range drivers.Formats() {
 		if f.Probe != nil && f.Probe(broken{}, 1<<20) {
 			t.Errorf("%s recognises a disk that cannot be read", f.Name)
+		}
+	}
+}
+
+// A read that fails once, whichever it is, makes an image of no other format.
+func TestFailedReadIsNoGuess(t *testing.T) {
+	dir := t.TempDir()
+	over := filepath.Join(dir, "over")
+	open := func(c *image.Chain, path string, opt image.OpenOptions) (string, error) {
+		d, err := c.Open(t.Context(), path, opt)
+		if err != nil {
+			return "", err
+		}
+		return d.Info().Format, d.Close()
+	}
+	uses := map[string]func(*image.Chain, string) (string, error){
+		"open": func(c *image.Chain, path string) (string, error) { return open(c, path, image.OpenOptions{}) },
+		"inspect": func(c *image.Chain, path string) (string, error) {
+			in, err := c.Inspect(t.Context(), path, image.OpenOptions{})
+			if err != nil {
+				return "", err
+			}
+			return in.Format, nil
+		},
+		"check": func(c *image.Chain, path string) (string, error) {
+			_, format, err := c.Check(t.Context(), path, image.OpenOptions{}, image.CheckOptions{})
+			return format, err
+		},
+		"backing": func(c *image.Chain, path string) (string, error) {
+			backing := image.CreateOptions{Size: 10 << 20, Params: []image.Param{{Key: "backing_file", Value: path}}} // without its format
+			if err := chain().Create(t.Context(), over, "qcow2", backing); err != nil {
+				t.Fatal(err)
+			}
+			_, err := open(c, over, image.OpenOptions{Format: "qcow2"})
+			return "", err
+		},
+	}
+	for _, format := range []string{"qcow2", "vmdk", "vhdx", "vpc", "vdi", "parallels", "qed", "qcow"} {
+		path := filepath.Join(dir, format)
+		if err := os.Rename(qemu.Create(t, format, "", "10M"), path); err != nil {
+			t.Fatal(err)
+		}
+		for use, f := range uses {
+			// The first two openings look at the image, the second under its lock.
+			for opening := 1; opening <= 2; opening++ {
+				for k := 1; ; k++ {
+					var faulty *storagetest.Faulty
+					c, opened := chain(), 0
+					c.Protocols = []storage.Protocol{{Name: "file", Open: func(ctx context.Context, u *url.URL, opt storage.Options) (storage.Store, error) {
+						s, err := file.Open(ctx, u, opt)
+						if err != nil || u.Path != path {
+							return s, err
+						}
+						if opened++; opened != opening {
+							return s, nil
+						}
+						faulty = storagetest.Fault(s, storagetest.Nth(storagetest.OpRead, k, storagetest.Failure{Err: syscall.EIO}))
+						return faulty, nil
+					}}}
+					got, err := f(c, path)
+					if faulty == nil || len(faulty.Injected()) == 0 {
+						break
+					}
+					if got != format && !errors.Is(err, syscall.EIO) {
+						t.Errorf("%s %s, read %d of opening %d fails: %q, %v", use, format, k, opening, got, err)
+					}
+				}
+			}
 		}
 	}
 }

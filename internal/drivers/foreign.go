@@ -49,26 +49,38 @@ func other(name, what string, probe func(io.ReaderAt) bool, sizes ...func(io.Rea
 				name, file),
 		}
 	}
-	return image.Format{
+	f := image.Format{
 		Name:  name,
 		Probe: func(r io.ReaderAt, _ int64) bool { return probe(r) },
-		Open: func(_ context.Context, s storage.Store, opt image.Options) (image.Device, error) {
-			if !probe(s) {
-				return nil, image.ErrWrongFormat
-			}
-			return nil, refuse(opt.Name)
-		},
-		Inspect: func(_ context.Context, s storage.Store) (*image.Inspection, error) {
-			if !probe(s) {
-				return nil, image.ErrWrongFormat
-			}
-			in := &image.Inspection{Format: name, VirtualSize: -1, Problem: refusal}
-			for _, size := range sizes {
-				in.VirtualSize = size(s)
-			}
-			return in, nil
-		},
 	}
+	confirm := func(s storage.Store) error {
+		size, err := s.Size()
+		if err != nil {
+			return err
+		}
+		yes, err := f.Recognises(s, size)
+		if err == nil && !yes {
+			err = image.ErrWrongFormat
+		}
+		return err
+	}
+	f.Open = func(_ context.Context, s storage.Store, opt image.Options) (image.Device, error) {
+		if err := confirm(s); err != nil {
+			return nil, err
+		}
+		return nil, refuse(opt.Name)
+	}
+	f.Inspect = func(_ context.Context, s storage.Store) (*image.Inspection, error) {
+		if err := confirm(s); err != nil {
+			return nil, err
+		}
+		in := &image.Inspection{Format: name, VirtualSize: -1, Problem: refusal}
+		for _, size := range sizes {
+			in.VirtualSize = size(s)
+		}
+		return in, nil
+	}
+	return f
 }
 
 // sizeAt returns what reads the size of the disk in bytes, -1 if it cannot be.
