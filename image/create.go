@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"slices"
+	"sync"
 
 	"github.com/imgnbd/imgnbd/storage"
 )
@@ -77,15 +78,14 @@ func (m *maker) open(ctx context.Context, src source) (storage.Store, error) {
 		return nil, err
 	}
 	s, err := m.chain.openStore(ctx, src, storage.Options{Access: storage.WriteGrow, Create: true, Direct: src.direct})
-	if err == nil && isNew {
-		m.made = append(m.made, src)
-	} else if err == nil && m.chain.Journals != nil {
-		if err := m.chain.Journals.Remove(s.Info()); err != nil {
-			return nil, errors.Join(err, s.Close())
-		}
-	}
 	if err != nil {
 		return nil, err
+	}
+	if isNew {
+		m.made = append(m.made, src)
+	} else if m.chain.Journals != nil {
+		info := s.Info()
+		s = &overwritten{s, sync.OnceValue(func() error { return m.chain.Journals.Remove(info) })}
 	}
 	return &cancellable{s, ctx}, nil
 }
@@ -131,6 +131,42 @@ func (s *cancellable) Sync() error {
 		return err
 	}
 	return s.Store.Sync()
+}
+
+// An overwritten store gives up its journal before its first change, and not
+// sooner: who fails until then leaves the image as it was, with all that was
+// acknowledged.
+type overwritten struct {
+	storage.Store
+	begin func() error
+}
+
+func (s *overwritten) WriteAt(p []byte, off int64, flags storage.WriteFlags) error {
+	if err := s.begin(); err != nil {
+		return err
+	}
+	return s.Store.WriteAt(p, off, flags)
+}
+
+func (s *overwritten) WriteZeroes(off, n int64, flags storage.WriteFlags) error {
+	if err := s.begin(); err != nil {
+		return err
+	}
+	return s.Store.WriteZeroes(off, n, flags)
+}
+
+func (s *overwritten) Discard(off, n int64) error {
+	if err := s.begin(); err != nil {
+		return err
+	}
+	return s.Store.Discard(off, n)
+}
+
+func (s *overwritten) Truncate(size int64) error {
+	if err := s.begin(); err != nil {
+		return err
+	}
+	return s.Store.Truncate(size)
 }
 
 // openBeside is open for what the image base, which lies in s, will name.

@@ -6,6 +6,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"testing"
 
@@ -96,6 +97,80 @@ func TestCreateCancelled(t *testing.T) {
 		}
 		if entries, err := os.ReadDir(d.path); err != nil || len(entries) > 0 {
 			t.Errorf("%s: %v remain, %v", name, entries, err)
+		}
+	}
+}
+
+// removedJournals are journals of which only the end is of interest.
+type removedJournals struct{ removed func(storage.Info) error }
+
+func (j removedJournals) Open(storage.Info) (image.Journal, error) { return nil, nil }
+func (j removedJournals) Left(storage.Info) string                 { return "" }
+func (j removedJournals) Remove(i storage.Info) error              { return j.removed(i) }
+
+// The journal of an image is given up with the first change of the image, and
+// not by a Create that comes to none.
+func TestCreateRemovesJournal(t *testing.T) {
+	refused := errors.New("refused")
+	changes := map[string]func(storage.Store) error{
+		"write":    func(s storage.Store) error { return s.WriteAt([]byte("TOY\n"), 0, 0) },
+		"zero":     func(s storage.Store) error { return s.WriteZeroes(0, 3, 0) },
+		"discard":  func(s storage.Store) error { return s.Discard(0, 3) },
+		"truncate": func(s storage.Store) error { return s.Truncate(0) },
+		"no change": func(s storage.Store) error {
+			_, err := s.ReadAt(make([]byte, 3), 0)
+			return errors.Join(err, s.Sync(), refused)
+		},
+	}
+	for name, change := range changes {
+		for _, test := range []struct {
+			file  string // that is changed
+			data  string // an image that becomes the data file of another
+			there bool
+		}{{"old", "", true}, {"old", "data", true}, {"data", "data", true}, {"new", "", false}} {
+			d := newDir(t)
+			var left []string // what is in the file at its end
+			old := d.file("old", "OLD")
+			d.file("data", "OLD")
+			f := toy()
+			f.Create = func(ctx context.Context, s storage.Store, opt image.CreateOptions) error {
+				if test.data != "" {
+					data, err := opt.NewStore(ctx, test.data)
+					if err != nil {
+						return err
+					}
+					defer data.Close()
+					if test.file == test.data {
+						s = data
+					}
+				}
+				return errors.Join(change(s), change(s))
+			}
+			c := d.chain
+			c.Formats = []image.Format{f}
+			c.Journals = removedJournals{func(i storage.Info) error {
+				b, err := os.ReadFile(i.URL.Path)
+				if err != nil {
+					t.Error(err)
+				}
+				left = append(left, filepath.Base(i.URL.Path)+" "+string(b))
+				return refused
+			}}
+			path := old
+			if !test.there {
+				path = filepath.Join(d.path, test.file)
+			}
+			err := c.Create(t.Context(), path, f.Name, image.CreateOptions{})
+			var want []string
+			if test.there && name != "no change" {
+				want = []string{test.file + " OLD"}
+			}
+			if !slices.Equal(left, want) || errors.Is(err, refused) != (want != nil || name == "no change") {
+				t.Errorf("%s of %s: journals that ended: %q, not %q; %v", name, test.file, left, want, err)
+			}
+			if b, err := os.ReadFile(old); err != nil || string(b) != "OLD" {
+				t.Errorf("%s of %s: %q is left, %v", name, test.file, b, err)
+			}
 		}
 	}
 }

@@ -23,7 +23,7 @@ type Journals interface {
 	// is none.
 	Left(image storage.Info) string
 
-	// Remove gives up what a process left which died: the image is being
+	// Remove gives up what a process left which died: the image is about to be
 	// overwritten.
 	Remove(image storage.Info) error
 }
