@@ -83,6 +83,9 @@ func create(ctx context.Context, s storage.Store, opt image.CreateOptions) (err 
 	if err != nil {
 		return err
 	}
+	if err := p.fits(s); err != nil {
+		return err
+	}
 	if name := p.header.dataFileName(); p.geo.dataFile {
 		if opt.NewStore == nil {
 			return fmt.Errorf("data file %q: %w", name, image.ErrReference)
@@ -360,21 +363,30 @@ func featureNames() []byte {
 	return b
 }
 
+// fits returns an error if s cannot be made large enough.
+func (p *plan) fits(s storage.Store) error {
+	if !s.Info().FixedSize {
+		return nil
+	}
+	size, err := s.Size()
+	if err == nil && size < p.end {
+		err = syscall.ENOSPC
+	}
+	return err
+}
+
 // erase makes what is in s no image, durably, and gives s the size that is
 // needed.
 func (p *plan) erase(s storage.Store) error {
-	size, err := s.Size()
-	if err != nil {
-		return err
-	}
 	if s.Info().FixedSize {
-		if size < p.end {
-			return syscall.ENOSPC
-		}
 		if err := s.WriteZeroes(0, p.geo.clusterSize, 0); err != nil {
 			return err
 		}
 		return s.Sync()
+	}
+	size, err := s.Size()
+	if err != nil {
+		return err
 	}
 	if err := s.Truncate(0); err != nil {
 		return err

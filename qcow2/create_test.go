@@ -199,12 +199,16 @@ func TestCreateOnDevice(t *testing.T) {
 			t.Errorf("%q: the disk is not zero, %v", options, err)
 		}
 	}
-	// One that is too small is left alone.
-	m := device(1 << 20)
-	was := m.Bytes()
-	err := create(t.Context(), m, image.CreateOptions{Size: 5 << 20, Params: createParamsOf("preallocation=metadata")})
-	if !storage.NoSpace(err) || !bytes.Equal(m.Bytes(), was) {
-		t.Errorf("%v; changed: %t", err, !bytes.Equal(m.Bytes(), was))
+	// One that is too small is left alone, and so is the data file.
+	m, data := device(1<<20), device(6<<20)
+	was, wasData := m.Bytes(), data.Bytes()
+	for _, options := range []string{"preallocation=metadata", "cluster_size=2M,data_file=data,preallocation=full"} {
+		err := create(t.Context(), m, image.CreateOptions{Size: 5 << 20, Params: createParamsOf(options), NewStore: func(context.Context, string) (storage.Store, error) {
+			return data, nil
+		}})
+		if !storage.NoSpace(err) || !bytes.Equal(m.Bytes(), was) || !bytes.Equal(data.Bytes(), wasData) {
+			t.Errorf("%v; changed: %t, data file: %t", err, !bytes.Equal(m.Bytes(), was), !bytes.Equal(data.Bytes(), wasData))
+		}
 	}
 }
 
