@@ -93,6 +93,7 @@ type Info struct {
 	// attached under its number later. "" if unknown.
 	Generation string
 
+	New          bool // made by this opening ([Options.Create])
 	ReadOnly     bool // every method that writes returns ErrReadOnly
 	FixedSize    bool // cannot grow (a block device)
 	NewReadsZero bool // bytes that were never written read as zeros after growing
@@ -152,7 +153,7 @@ const (
 type Options struct {
 	Access  Access
 	Share   Sharing
-	Create  bool          // make it if it does not exist; an existing one is opened as it is
+	Create  bool          // make it if it does not exist; an existing one is opened as it is, and has its name once it is locked
 	Direct  bool          // bypass the host's page cache
 	Timeout time.Duration // bound of one operation of a remote store; 0: the back end's default
 

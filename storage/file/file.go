@@ -53,9 +53,42 @@ func Open(ctx context.Context, u *url.URL, opt storage.Options) (storage.Store, 
 	if err != nil {
 		return nil, err
 	}
-	if err := ctx.Err(); err != nil {
-		return nil, err
+	for {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		s, err := openStore(path, opt)
+		if err != nil {
+			return nil, err
+		}
+		if !opt.Create {
+			return s, nil
+		}
+		// Who made it and failed may have removed it before we had its lock.
+		named, err := s.named(path)
+		if err == nil && named {
+			return s, nil
+		}
+		if err := errors.Join(err, s.Close()); err != nil {
+			return nil, err
+		}
 	}
+}
+
+// named reports whether s is what path names.
+func (s *store) named(path string) (bool, error) {
+	opened, err := s.file.Stat()
+	if err != nil {
+		return false, cause(err)
+	}
+	now, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil && os.SameFile(opened, now), cause(err)
+}
+
+func openStore(path string, opt storage.Options) (*store, error) {
 	n, err := openNode(path, opt)
 	if err != nil {
 		return nil, err

@@ -440,6 +440,100 @@ func TestCreate(t *testing.T) {
 	}
 }
 
+// Info says whether it was this opening that made the file.
+func TestCreatedIsNew(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "new")
+	create := storage.Options{Access: storage.WriteGrow, Create: true}
+	for _, isNew := range []bool{true, false} {
+		s := mustOpen(t, path, create)
+		if s.Info().New != isNew {
+			t.Errorf("new: %t", s.Info().New)
+		}
+		pass(t, s.Close())
+	}
+}
+
+// Who made a file and failed removes it, perhaps after somebody else has opened
+// it: what that one gets has the name.
+func TestCreateWhileRemoved(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	pass(t, os.WriteFile(path, []byte("old"), 0o600))
+	removals := 0
+	s := mustOpen(t, path, storage.Options{Access: storage.WriteGrow, Create: true, Taken: func(storage.Info) {
+		if removals++; removals == 1 {
+			pass(t, os.Remove(path))
+		}
+	}})
+	named, err := os.Stat(path)
+	pass(t, err)
+	opened, err := s.file.Stat()
+	pass(t, err)
+	if !os.SameFile(named, opened) || !s.Info().New {
+		t.Errorf("the store is not the file of that name; new: %t", s.Info().New)
+	}
+}
+
+// Of a file that was made, but could not be opened, nothing remains.
+func TestCreateFails(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	open := func(files uint64, direct bool) (err error) {
+		free, err := os.Open(".") // has the lowest number that is free
+		pass(t, err)
+		lowest := uint64(free.Fd())
+		pass(t, free.Close())
+		var limit unix.Rlimit
+		pass(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
+		pass(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: lowest + files, Max: limit.Max}))
+		defer func() { pass(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)) }()
+		s, err := tryOpen(path, storage.Options{Access: storage.WriteGrow, Create: true, Direct: direct})
+		if err == nil {
+			s.Close()
+		}
+		return err
+	}
+	for name, test := range map[string]struct {
+		files  uint64 // that can be opened
+		direct bool
+	}{
+		"the directory is not synced":    {1, false},
+		"the page cache is not bypassed": {2, true},
+	} {
+		before := openFiles(t)
+		if err := open(test.files, test.direct); !errors.Is(err, syscall.EMFILE) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s: the file is there, %v", name, err)
+		}
+		if after := openFiles(t); after != before {
+			t.Errorf("%s: %d files are open, and were %d", name, after, before)
+		}
+	}
+}
+
+func TestUnmakeSparesWhatIsUsed(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	held, made, err := hold(path, storage.Options{Access: storage.WriteGrow, Create: true})
+	pass(t, err)
+	defer unix.Close(held)
+	s := mustOpen(t, path, storage.Options{Access: storage.WriteGrow})
+	pass(t, unmake(held, path))
+	if _, err := os.Stat(path); err != nil || !made {
+		t.Errorf("made: %t; %v", made, err)
+	}
+	pass(t, s.Close())
+	pass(t, unmake(held, path))
+	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+		t.Error(err)
+	}
+}
+
+func openFiles(t *testing.T) int {
+	fds, err := os.ReadDir("/proc/self/fd")
+	pass(t, err)
+	return len(fds)
+}
+
 // With Write the size stays, but for the rest of the last sector.
 func TestWriteWithinSize(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "file")

@@ -21,11 +21,30 @@ import (
 // neither a driver nor the other end of a FIFO ever notices, and nobody can
 // exchange the node in between.
 func openNode(path string, opt storage.Options) (*node, error) {
-	held, err := hold(path, opt)
+	held, made, err := hold(path, opt)
 	if err != nil {
 		return nil, err
 	}
 	defer unix.Close(held)
+	var n *node
+	if made {
+		err = syncDir(filepath.Dir(path))
+	}
+	if err == nil {
+		n, err = openFound(held, path, opt)
+	}
+	if err != nil {
+		if made {
+			err = errors.Join(err, unmake(held, path))
+		}
+		return nil, err
+	}
+	n.info.New = made
+	return n, nil
+}
+
+// openFound opens what hold has found or made.
+func openFound(held int, path string, opt storage.Options) (*node, error) {
 	var before unix.Stat_t
 	if err := unix.Fstat(held, &before); err != nil {
 		return nil, err
@@ -90,22 +109,35 @@ func checkSame(fd int, held *unix.Stat_t) error {
 	return nil
 }
 
-// hold returns a descriptor that refers to the node without opening it.
-func hold(path string, opt storage.Options) (int, error) {
+// hold returns a descriptor that refers to the node without opening it, or of a
+// file that was made.
+func hold(path string, opt storage.Options) (fd int, made bool, err error) {
 	for try := 0; ; try++ {
 		fd, err := open(path, unix.O_PATH|unix.O_CLOEXEC, 0)
 		if err != unix.ENOENT || !opt.Create || opt.Access == storage.Read {
-			return fd, err
+			return fd, false, err
 		}
 		fd, err = open(path, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_CLOEXEC, 0o644)
 		if err == nil {
-			return fd, syncDir(filepath.Dir(path))
+			return fd, true, nil
 		}
 		// Somebody else made it first, or it is a link to nowhere.
 		if err != unix.EEXIST || try == 2 {
-			return -1, err
+			return -1, false, err
 		}
 	}
+}
+
+// unmake removes a file that hold has made, unless somebody has taken it into
+// use since: who has its lock may rely on its name.
+func unmake(held int, path string) error {
+	if err := lockImage(&node{fd: held}, &storage.Options{Access: storage.WriteGrow}); err != nil {
+		if errors.Is(err, storage.ErrInUse) {
+			err = nil
+		}
+		return err
+	}
+	return unix.Unlink(path)
 }
 
 // syncDir makes the name of a new file durable.

@@ -46,6 +46,7 @@ func openNode(path string, opt storage.Options) (*node, error) {
 		syscall.Close(n.fd)
 		return nil, err
 	}
+	n.info.New = flags&syscall.O_CREAT != 0
 	return n, nil
 }
 
