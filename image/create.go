@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"slices"
 	"sync"
 
@@ -69,22 +68,14 @@ type maker struct {
 
 // open makes a store, or opens the one that is there for being overwritten.
 func (m *maker) open(ctx context.Context, src source) (storage.Store, error) {
-	old, err := m.chain.openStore(ctx, src, storage.Options{Share: storage.ShareNoLock})
-	isNew := errors.Is(err, fs.ErrNotExist)
-	if err == nil {
-		err = old.Close()
-	}
-	if err != nil && !isNew {
-		return nil, err
-	}
 	s, err := m.chain.openStore(ctx, src, storage.Options{Access: storage.WriteGrow, Create: true, Direct: src.direct})
 	if err != nil {
 		return nil, err
 	}
-	if isNew {
+	info := s.Info()
+	if info.New {
 		m.made = append(m.made, src)
 	} else if m.chain.Journals != nil {
-		info := s.Info()
 		s = &overwritten{s, sync.OnceValue(func() error { return m.chain.Journals.Remove(info) })}
 	}
 	return &cancellable{s, ctx}, nil

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"math"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/storage"
+	"github.com/imgnbd/imgnbd/storage/file"
 )
 
 // Of what a failed Create made nothing remains; what was there before does.
@@ -96,6 +98,37 @@ func TestCreateCancelled(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 		if entries, err := os.ReadDir(d.path); err != nil || len(entries) > 0 {
+			t.Errorf("%s: %v remain, %v", name, entries, err)
+		}
+	}
+}
+
+// A file that somebody else makes, after Create has looked and found none, is not
+// Create's to remove.
+func TestCreateRemovesOnlyItsOwn(t *testing.T) {
+	for _, name := range []string{"new", "data"} {
+		d := newDir(t)
+		c := d.chain
+		c.Protocols = []storage.Protocol{{Name: "file", Remove: file.Protocol().Remove, Open: func(ctx context.Context, u *url.URL, opt storage.Options) (storage.Store, error) {
+			if opt.Create && filepath.Base(u.Path) == name {
+				d.file(name, "THEIRS")
+			}
+			return file.Open(ctx, u, opt)
+		}}}
+		f := toy()
+		f.Create = func(ctx context.Context, s storage.Store, opt image.CreateOptions) error {
+			data, err := opt.NewStore(ctx, "data")
+			if err != nil {
+				return err
+			}
+			return errors.Join(syscall.EINVAL, data.Close())
+		}
+		c.Formats = []image.Format{f}
+		if err := c.Create(t.Context(), filepath.Join(d.path, "new"), f.Name, image.CreateOptions{}); !errors.Is(err, syscall.EINVAL) {
+			t.Errorf("%s: %v", name, err)
+		}
+		entries, err := os.ReadDir(d.path)
+		if err != nil || len(entries) != 1 || entries[0].Name() != name {
 			t.Errorf("%s: %v remain, %v", name, entries, err)
 		}
 	}
