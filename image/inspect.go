@@ -58,23 +58,80 @@ func (c *Chain) Inspect(ctx context.Context, name string, opt OpenOptions) (*Ins
 // InspectChain inspects an image and all images below it, the first first. On
 // an error it returns what it has.
 func (c *Chain) InspectChain(ctx context.Context, name string, opt OpenOptions) ([]*Inspected, error) {
+	var all []*Inspected
+	err := c.walk(ctx, name, opt, func(_ *layer, in *Inspected, _ storage.Store) error {
+		all = append(all, in)
+		return nil
+	})
+	return all, err
+}
+
+// Uses looks for files among an image, those below it and the data files of all of
+// these. It returns the first that it finds and its name there, which may be
+// another; "" if it finds none. On an error it has not looked at everything.
+// A file that cannot be opened for reading is not found.
+func (c *Chain) Uses(ctx context.Context, name string, opt OpenOptions, files ...string) (file, as string, err error) {
+	ids := make(map[string]string)
+	for _, f := range files {
+		if id := c.identify(ctx, f); id != "" {
+			ids[id] = f
+		}
+	}
+	if file := ids[c.identify(ctx, name)]; file != "" {
+		return file, name, nil // be it an image or not
+	}
+	look := func(id, name string) {
+		if f := ids[id]; f != "" && file == "" {
+			file, as = f, name
+		}
+	}
+	err = c.walk(ctx, name, opt, func(l *layer, in *Inspected, s storage.Store) error {
+		look(l.id, in.Name)
+		if in.DataFile == "" {
+			return nil
+		}
+		data, _, _, err := l.admit(ctx, Reference{Name: in.DataFile, From: s}, false)
+		if err == nil {
+			look(data.id, data.name)
+		}
+		return err
+	})
+	return file, as, err
+}
+
+// identify returns the identity of a file, "" if it cannot be opened.
+func (c *Chain) identify(ctx context.Context, name string) string {
 	src, err := parseName(name)
 	if err != nil {
-		return nil, &Error{"open", name, err}
+		return ""
+	}
+	s, err := c.openStore(ctx, src, storage.Options{Share: storage.ShareNoLock})
+	if err != nil {
+		return ""
+	}
+	defer s.Close()
+	return identity(s)
+}
+
+// walk inspects an image and all images below it, the first first, and visits
+// each while it is open.
+func (c *Chain) walk(ctx context.Context, name string, opt OpenOptions, visit func(*layer, *Inspected, storage.Store) error) error {
+	src, err := parseName(name)
+	if err != nil {
+		return &Error{"open", name, err}
 	}
 	opt.ReadOnly = true
 	l, err := c.top(&src, &opt)
 	if err != nil {
-		return nil, Wrap("open", src.name, err)
+		return Wrap("open", src.name, err)
 	}
-	var all []*Inspected
 	for {
 		below, belowSrc := (*layer)(nil), source{}
-		in, err := l.inspect(ctx, src, opt, func(in *Inspected, s storage.Store) error {
-			if in.BackingName == "" {
-				return nil
-			}
+		_, err := l.inspect(ctx, src, opt, func(in *Inspected, s storage.Store) error {
 			l.id = identity(s)
+			if err := visit(l, in, s); err != nil || in.BackingName == "" {
+				return err
+			}
 			var f *Format
 			var err error
 			below, belowSrc, f, err = l.admit(ctx, Reference{Name: in.BackingName, Format: in.BackingFormat, From: s}, true)
@@ -83,14 +140,11 @@ func (c *Chain) InspectChain(ctx context.Context, name string, opt OpenOptions) 
 			}
 			return err
 		})
-		if in != nil {
-			all = append(all, in)
-		}
 		if err != nil {
-			return all, Wrap("open", src.name, err)
+			return Wrap("open", src.name, err)
 		}
 		if below == nil {
-			return all, nil
+			return nil
 		}
 		l, src = below, belowSrc
 		opt = OpenOptions{ReadOnly: true, NoLock: opt.NoLock || src.noLock, Direct: opt.Direct, Timeout: opt.Timeout}

@@ -115,6 +115,9 @@ func creatable(name string) (*image.Format, error) {
 }
 
 func (o *createOptions) create(u *ui, file string, size *uint64, params []image.Param) error {
+	if strings.HasPrefix(file, "json:") {
+		return says("Unknown protocol 'json'")
+	}
 	f, err := creatable(o.format)
 	if err != nil {
 		return err
@@ -202,17 +205,21 @@ func (o *createOptions) lookBelow(images *image.Chain, file string, p *newImageP
 	case format == "" && o.unsafe:
 		return says("Backing file specified without backing format")
 	}
-	if o.unsafe {
-		return nil
-	}
-	if format != "" && !isFormat(format) {
-		return hinted(says("Unknown driver '%s'\nCould not open backing image.", format), "formats: "+formatNames(drivers.Formats()))
-	}
 	// Without a lock, as QEMU: an overlay of an image in use is how a machine
 	// that runs gets a snapshot.
 	t := &target{opt: image.OpenOptions{Format: format, ReadOnly: true, NoLock: true}}
 	t.name = image.Beside(file, backing)
 	t.shown = t.name
+	made, as, unseen := images.Uses(context.Background(), t.name, t.opt, file, image.Beside(file, p.values["data_file"]))
+	if made != "" {
+		return says("'%s' is the same file as '%s', which the image would need", made, as)
+	}
+	if o.unsafe {
+		return nil // the backing image need not be there
+	}
+	if format != "" && !isFormat(format) {
+		return hinted(says("Unknown driver '%s'\nCould not open backing image.", format), "formats: "+formatNames(drivers.Formats()))
+	}
 	unreadable := func(err error) error { return &worded{t.why(err) + "\nCould not open backing image.", err} }
 	d, err := images.Open(context.Background(), t.name, t.opt)
 	if err != nil {
@@ -225,47 +232,13 @@ func (o *createOptions) lookBelow(images *image.Chain, file string, p *newImageP
 	if format == "" {
 		return says("Backing file specified without backing format\nDetected format of %s.", info.Format)
 	}
-	all, err := images.InspectChain(context.Background(), t.name, t.opt)
-	if err != nil {
-		return unreadable(err)
-	}
-	for _, made := range []string{file, image.Beside(file, p.values["data_file"])} {
-		if in := find(all, made); in != "" {
-			return says("'%s' is the same file as '%s', which the image would need", made, in)
-		}
+	if unseen != nil {
+		return unreadable(unseen)
 	}
 	if _, ok := p.values["size"]; !ok {
 		p.values["size"] = fmt.Sprint(info.Size)
 	}
 	return nil
-}
-
-// find returns under which name a chain has a file, by whatever name it is
-// called, "" if it has not.
-func find(chain []*image.Inspected, name string) string {
-	stat := func(name string) os.FileInfo {
-		fi, err := os.Stat(strings.TrimPrefix(name, "file:"))
-		if err != nil {
-			return nil
-		}
-		return fi
-	}
-	fi := stat(name)
-	if fi == nil {
-		return ""
-	}
-	for _, in := range chain {
-		names := []string{in.Name}
-		if in.DataFile != "" {
-			names = append(names, image.Beside(in.Name, in.DataFile))
-		}
-		for _, n := range names {
-			if other := stat(n); other != nil && os.SameFile(fi, other) {
-				return n
-			}
-		}
-	}
-	return ""
 }
 
 // createWords puts the causes that scripts know into QEMU's words.

@@ -112,6 +112,7 @@ func TestCreateSameAsQEMUImg(t *testing.T) {
 		{"-f", "qcow2", "-u", "-b", "a,b", "-F", "raw", "new", "1M"}, {"-f", "qcow2", "-u", "-b", long, "-F", "raw", "new", "1M"},
 		{"-f", "qcow2", "-u", "-b", long[1:], "-F", "raw", "new", "1M"}, {"-f", "qcow2", "-u", "-b", long[1:], "-F", "raw", "-o", "cluster_size=512", "new", "1M"},
 		{"-f", "qcow2", "-u", "-b", long[:300], "-F", "raw", "-o", "cluster_size=512", "new", "1M"},
+		{`json:{"driver":"qcow2","file.filename":"new"}`, "1M"}, {"-f", "qcow2", "-b", "base.raw", "-F", "raw", `json:{"driver":"qcow2","file.filename":"new"}`},
 		{"-f", "qcow2", "nope/new", "1M"}, {"nope/new", "1M"}, {"-f", "qcow2", "dir", "1M"}, {"-f", "qcow2", "-o", "data_file=nope/data", "new", "1M"},
 		{"-f", "qcow2", "-o", "data_file=dir", "new", "1M"}, {"-f", "qcow2", "file:new", "1M"}, {"new", "1E"},
 		{"-f", "qcow2", "-o", "cluster_size=512", "new", "1T"}, {"-f", "qcow2", "new", "4P"}, {"-f", "qcow2", "new", "2P"},
@@ -169,6 +170,8 @@ func TestCreateSpares(t *testing.T) {
 	if err := os.Symlink("base.qcow2", "link"); err != nil {
 		t.Fatal(err)
 	}
+	const base = `json:{"driver":"qcow2","l2-cache-size":65536,"file.filename":"base.qcow2"}`
+	qemu.Img(t, "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", "over.qcow2")
 	data, err := os.Stat("data.raw")
 	if err != nil {
 		t.Fatal(err)
@@ -180,6 +183,15 @@ func TestCreateSpares(t *testing.T) {
 		{"-b", "top.qcow2", "-F", "qcow2", "file:base.qcow2"},
 		{"-b", "top.qcow2", "-F", "qcow2", "data.raw"},
 		{"-b", "top.qcow2", "-F", "qcow2", "-o", "data_file=base.qcow2", "new"},
+		{"-b", base, "-F", "qcow2", "base.qcow2"},
+		{"-b", "over.qcow2", "-F", "qcow2", "base.qcow2"},
+		{"-b", "over.qcow2", "-F", "qcow2", "-o", "data_file=base.qcow2", "new"},
+		{"-u", "-b", "./base.qcow2", "-F", "qcow2", "base.qcow2", "1M"},
+		{"-u", "-b", "link", "-F", "raw", "base.qcow2", "1M"},
+		{"-u", "-b", "base.qcow2", "-F", "raw", "-o", "data_file=./base.qcow2", "new", "1M"},
+		{"-u", "-b", "over.qcow2", "-F", "qcow2", "base.qcow2", "1M"},
+		{base, "1M"},
+		{"-b", "nope", "-F", "raw", base},
 		{"-o", "data_file=link", "base.qcow2", "1M"},
 		{"-o", "cluster_size=3", "base.qcow2", "1M"},
 		{"-o", "encryption=on", "base.qcow2", "1M"},
