@@ -9,16 +9,20 @@ import (
 // those that were asked for together arrive about together. So one goroutine
 // waits, for the oldest; then it takes what else has arrived, and sends the
 // replies together. While the medium stalls, more and more wait, so that what
-// it does not answer holds up no other read.
+// it does not answer holds up no other read. Those that have waited for long do
+// not count: the next read finds somebody at once.
 type underWay struct {
-	limit int    // goroutines that wait
+	limit int    // goroutines
 	run   func() // wait, made once: a go statement with an argument is garbage
 
 	mu       sync.Mutex // guards the fields below
 	queue    taskList   // oldest first
-	waiting  int        // goroutines
+	starting bool       // a goroutine that has taken nothing yet
+	waiting  int        // goroutines that may soon take what is queued
+	stuck    int        // goroutines that wait for what does not come
 	taken    uint64     // tasks, from the queue, ever
-	seen     uint64     // taken, when the timer was set
+	seen     uint64     // taken, when nothing was found to move, or the timer was set
+	stale    uint64     // who has taken this task, or one before, and waits, is stuck
 	timer    *time.Timer
 	watching bool // the timer is set
 }
@@ -36,11 +40,10 @@ func (u *underWay) add(t *task) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.queue.push(t)
-	switch {
-	case u.waiting == 0:
-		u.waiting++
-		go u.run()
-	case !u.watching:
+	if u.waiting == 0 {
+		u.start()
+	}
+	if !u.watching {
 		u.watching, u.seen = true, u.taken
 		if u.timer == nil {
 			u.timer = time.AfterFunc(stalled, u.look)
@@ -50,33 +53,55 @@ func (u *underWay) add(t *task) {
 	}
 }
 
-// look has one more goroutine wait if nothing has moved.
+// start has one more goroutine wait, if it may. u is locked.
+func (u *underWay) start() {
+	if !u.starting && u.waiting+u.stuck < u.limit {
+		u.starting = true
+		go u.run()
+	}
+}
+
+// look finds out whether anything has moved. If nothing has, all who wait are
+// stuck.
 func (u *underWay) look() {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if u.queue.head == nil {
+	if u.taken == u.seen {
+		u.stuck += u.waiting
+		u.waiting, u.stale = 0, u.taken
+		if u.queue.head != nil {
+			u.start()
+		}
+	}
+	u.seen = u.taken
+	if u.waiting == 0 && u.queue.head == nil {
 		u.watching = false
 		return
 	}
-	if u.taken == u.seen && u.waiting < u.limit {
-		u.waiting++
-		go u.run()
-	}
-	u.seen = u.taken
 	u.timer.Reset(stalled)
 }
 
-// next returns the oldest task. With nil, the caller is no longer waiting.
-func (u *underWay) next() *task {
+// next returns the oldest task, and its number among all that were taken, to one
+// who has taken that of number last before, or 0. With nil, the caller is no
+// longer waiting.
+func (u *underWay) next(last uint64) (*task, uint64) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
+	switch {
+	case last == 0:
+		u.starting = false
+		u.waiting++
+	case last <= u.stale:
+		u.stuck--
+		u.waiting++
+	}
 	t := u.queue.pop()
 	if t == nil {
 		u.waiting--
 	} else {
 		u.taken++
 	}
-	return t
+	return t, u.taken
 }
 
 // wait answers what was added, until there is nothing.
@@ -89,7 +114,7 @@ func (u *underWay) wait() {
 		}
 		kept, size = nil, 0
 	}
-	for t := u.next(); t != nil; t = u.next() {
+	for t, n := u.next(0); t != nil; t, n = u.next(n) {
 		s := t.session
 		if s != kept || size >= lineBatch {
 			send()

@@ -2,9 +2,12 @@ package export
 
 import (
 	"bytes"
+	"context"
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/internal/nbd"
@@ -72,4 +75,49 @@ func TestUnderWay(t *testing.T) {
 			p.conn.Close()
 		}
 	})
+}
+
+// TestUnderWayBehindStalled: reads that the medium does not answer cost those
+// that it does answer nothing, not even a look at whether it has stalled.
+func TestUnderWayBehindStalled(t *testing.T) { synctest.Test(t, testUnderWayBehindStalled) }
+
+func testUnderWayBehindStalled(t *testing.T) {
+	const block, bad = 4096, 3
+	dev := &hooked{Device: memDisk(t, 1<<20), tryReadAt: underWayAlways}
+	goOn := make(chan struct{})
+	dev.readAt = func(p []byte, off int64) (int, error) {
+		if off < bad*block {
+			<-goOn
+		}
+		return dev.Device.ReadAt(p, off)
+	}
+	s := &server{t: t, Server: &Server{Open: func(context.Context, *Client, string) (*Export, error) {
+		return &Export{Device: dev}, nil
+	}}}
+	unlucky, p := s.connect("pipe", "", simple), s.connect("pipe", "", simple)
+	for i := range uint64(bad) {
+		unlucky.write(unlucky.header(nbd.CmdRead, 0, i, i*block, block))
+	}
+	time.Sleep(100 * stalled)
+
+	start := time.Now() // which goes on only when nothing else does
+	for i := range uint64(100) {
+		p.ok(nbd.CmdRead, 0, (bad+i)*block, block, nil)
+	}
+	if d := time.Since(start); d > 0 {
+		t.Errorf("reads behind those that stall have waited %v", d)
+	}
+
+	s.mu.Lock()
+	under := &s.devices[dev].under
+	s.mu.Unlock()
+	close(goOn)
+	for range bad {
+		unlucky.chunk(block)
+	}
+	s.shutdown()
+	synctest.Wait()
+	if under.starting || under.waiting != 0 || under.stuck != 0 {
+		t.Errorf("at the end %d goroutines wait, %d are stuck", under.waiting, under.stuck)
+	}
 }
