@@ -305,24 +305,10 @@ func TestParting(t *testing.T) {
 		for _, leaves := range []bool{true, false} {
 			t.Run(fmt.Sprint(name, leaves), func(t *testing.T) {
 				s := serve(t, map[string]*Export{"": {Device: memDisk(t, 1<<20)}}, nil)
-				l, err := net.Listen("unix", filepath.Join(t.TempDir(), "socket"))
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer l.Close()
-				p := &peer{t: t}
-				if p.conn, err = net.Dial("unix", l.Addr().String()); err != nil {
-					t.Fatal(err)
-				}
-				defer p.conn.Close()
-				p.conn.SetDeadline(time.Now().Add(patience))
-				conn, err := l.Accept()
-				if err != nil {
-					t.Fatal(err)
-				}
+				p, conn := accepted(t)
 				closed, closes := context.WithCancel(t.Context())
 				ended := make(chan error, 1)
-				go func() { ended <- s.ServeConn(vsock{conn.(*net.UnixConn), closes}) }()
+				go func() { ended <- s.ServeConn(vsock{conn, closes}) }()
 				p.greet()
 				if name == "DISC" {
 					p.option(nbd.OptGo, make([]byte, 6))
@@ -345,6 +331,47 @@ func TestParting(t *testing.T) {
 			})
 		}
 	}
+}
+
+// nameless is a connection that knows no addresses.
+type nameless struct{ *net.UnixConn }
+
+func (nameless) RemoteAddr() net.Addr { return nil }
+
+// TestNoAddress: nothing needs to know where a client is.
+func TestNoAddress(t *testing.T) {
+	s := serve(t, map[string]*Export{"": {Device: memDisk(t, 1<<20)}}, nil)
+	p, conn := accepted(t)
+	ended := make(chan error, 1)
+	go func() { ended <- s.ServeConn(nameless{conn}) }()
+	p.greet()
+	p.option(nbd.OptGo, make([]byte, 6))
+	p.ok(nbd.CmdRead, 0, 0, 512, nil)
+	p.write(p.header(nbd.CmdDisc, 0, 0, 0, 0))
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+}
+
+// accepted returns a client of nobody yet, and the other end of its connection.
+func accepted(t *testing.T) (*peer, *net.UnixConn) {
+	t.Helper()
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "socket"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	p := &peer{t: t}
+	if p.conn, err = net.Dial("unix", l.Addr().String()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { p.conn.Close() })
+	p.conn.SetDeadline(time.Now().Add(patience))
+	conn, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p, conn.(*net.UnixConn)
 }
 
 // TestShutdownUnderLoad: what was accepted is done and flushed, and every

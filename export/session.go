@@ -108,7 +108,8 @@ const partingTime = time.Second
 // is no end of the stream, but ENOTCONN.
 func (s *session) part() {
 	c, ok := s.conn.(interface{ CloseWrite() error })
-	if !ok || s.client.Addr.Network() != "vsock" || c.CloseWrite() != nil {
+	addr := s.client.Addr // nil if the connection knows none
+	if !ok || addr == nil || addr.Network() != "vsock" || c.CloseWrite() != nil {
 		return
 	}
 	if s.conn.SetReadDeadline(time.Now().Add(partingTime)) == nil && !s.stopping.Load() {

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/internal/nbd"
 	"github.com/imgnbd/imgnbd/internal/test/pki"
 )
@@ -139,6 +140,50 @@ func TestTLSData(t *testing.T) {
 				t.Errorf("the end: %v", err)
 			}
 		})
+	}
+}
+
+// TestTLSLastRequests: what a client has asked for before it said goodbye is done
+// and answered, also where that arrives with the last bytes.
+func TestTLSLastRequests(t *testing.T) {
+	for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+		for _, n := range []int{512, 100 << 10} {
+			t.Run(fmt.Sprint(tls.VersionName(version), " ", n), func(t *testing.T) {
+				dev := &hooked{Device: memDisk(t, 1<<20)}
+				entered, goOn := make(chan struct{}), make(chan struct{})
+				dev.writeAt = func(p []byte, off int64, flags image.WriteFlags) error {
+					if off == 0 {
+						close(entered)
+						<-goOn
+					}
+					return dev.Device.WriteAt(p, off, flags)
+				}
+				s := serveTLS(t, func(s *Server) {
+					s.Open = func(context.Context, *Client, string) (*Export, error) { return &Export{Device: dev}, nil }
+				})
+				c := s.client.Clone()
+				c.MinVersion, c.MaxVersion = version, version
+				p := s.dial("tcp")
+				p.greet()
+				if err := p.startTLS(c); err != nil {
+					t.Fatal(err)
+				}
+				p.agree(simple)
+				// While the line is in the first, all others arrive.
+				p.write(append(p.header(nbd.CmdWrite, 0, 1, 0, 512), make([]byte, 512)...))
+				<-entered
+				p.write(append(p.header(nbd.CmdWrite, 0, 2, 4096, uint64(n)), pattern(4096, n)...))
+				if err := p.conn.(*tls.Conn).CloseWrite(); err != nil {
+					t.Fatal(err)
+				}
+				close(goOn)
+				for cookie := range uint64(2) {
+					if c := p.chunk(0); c.cookie != cookie+1 || c.errno != 0 {
+						t.Errorf("%+v", c)
+					}
+				}
+			})
+		}
 	}
 }
 

@@ -11,7 +11,8 @@ import (
 // reads; writing is serialised by the caller. Closing is done through the
 // net.Conn, and ends both.
 type transport interface {
-	// read waits for at least one byte and reads into a, then b.
+	// read waits for at least one byte and reads into a, then b. It fails only
+	// if it has read nothing.
 	read(a, b []byte) (int, error)
 
 	// ready waits until read would not wait, or the end of the stream. It
@@ -57,7 +58,13 @@ var errAgain = errors.New("would wait")
 // wait is left to the writer of the connection.
 type stream struct{ net.Conn }
 
-func (s stream) read(a, _ []byte) (int, error) { return s.Read(a) }
+func (s stream) read(a, _ []byte) (int, error) {
+	n, err := s.Read(a)
+	if n > 0 {
+		err = nil // crypto/tls may tell the end with the last bytes, and tells it again
+	}
+	return n, err
+}
 
 func (s stream) ready() (bool, error) { return false, nil }
 
