@@ -87,6 +87,7 @@ const (
 	maxExports     = 10000    // of a list
 	maxContexts    = 1000     // of one export
 	maxInfos       = 100      // information replies to one option
+	maxReplies     = 16 << 20 // bytes of all replies: the bounds above multiply
 )
 
 // Handshake negotiates with the server at the other end of conn until requests
@@ -129,6 +130,7 @@ type handshake struct {
 	fixed    bool // fixed newstyle: options other than EXPORT_NAME are answered
 	protocol Protocol
 	sized    bool // the last export described came with its block sizes
+	received int  // bytes of replies
 }
 
 func negotiate(conn io.ReadWriter, opt Options) (*Session, error) {
@@ -365,14 +367,32 @@ func (h *handshake) metaContexts(opt Option, export string, queries []string) ([
 			return nil, protocolError("option %s: reply %d of %d bytes after %d contexts", opt, uint32(rep), len(b), len(contexts))
 		}
 		c := Context{Name: string(b[4:]), ID: binary.BigEndian.Uint32(b)}
-		// Ids mean something only where contexts are selected.
-		same := func(o Context) bool { return opt == OptSetMetaContext && o.ID == c.ID }
-		if i := slices.IndexFunc(contexts, same); i < 0 {
-			contexts = append(contexts, c)
-		} else if contexts[i] != c {
-			return nil, protocolError("contexts %q and %q have one id", contexts[i].Name, c.Name)
+		if opt == OptSetMetaContext { // otherwise ids mean nothing
+			if slices.Contains(contexts, c) {
+				continue
+			}
+			if err := c.selectable(queries, contexts); err != nil {
+				return nil, err
+			}
+		}
+		contexts = append(contexts, c)
+	}
+}
+
+// selectable returns what is wrong about selecting c besides others.
+func (c Context) selectable(queries []string, others []Context) error {
+	if !slices.Contains(queries, c.Name) {
+		return protocolError("context %q, which nobody asked for", c.Name)
+	}
+	for _, o := range others {
+		switch {
+		case o.ID == c.ID:
+			return protocolError("contexts %q and %q have one id", o.Name, c.Name)
+		case o.Name == c.Name:
+			return protocolError("context %q has two ids", c.Name)
 		}
 	}
+	return nil
 }
 
 // abort says goodbye after a refusal. Not every server answers, so nobody
@@ -423,6 +443,9 @@ func (h *handshake) reply(opt Option) (OptionReply, []byte, error) {
 		return 0, nil, protocolError("option %s: reply to option %s", opt, about)
 	case length > maxOptionReply:
 		return 0, nil, protocolError("option %s: reply of %d bytes", opt, length)
+	}
+	if h.received += len(b) + int(length); h.received > maxReplies {
+		return 0, nil, protocolError("option %s: replies of more than %d bytes", opt, maxReplies)
 	}
 	data := make([]byte, length)
 	if err := h.read(data); err != nil {

@@ -116,11 +116,12 @@ func TestNegotiateRefused(t *testing.T) {
 		"tls":         {play(greeting(fixed), reply(OptStructuredReply, RepErrTLSReqd)), Options{Protocol: Structured}, "requires TLS"},
 		"one id": {play(greeting(fixed), structured, reply(OptSetMetaContext, RepMetaContext, uint32(5), "a"),
 			reply(OptSetMetaContext, RepMetaContext, uint32(5), "b")), withContext, "one id"},
-		"contexts": {play(greeting(fixed), structured, many(maxContexts+1, func(i int) []byte {
-			return reply(OptSetMetaContext, RepMetaContext, uint32(i), "a")
-		})), withContext, "after 1000 contexts"},
-		"name":    {play(), Options{Export: strings.Repeat("x", 4097)}, "longer than 4096"},
-		"context": {play(), Options{Contexts: []string{strings.Repeat("x", 4097)}}, "longer than 4096"},
+		"two ids": {play(greeting(fixed), structured, reply(OptSetMetaContext, RepMetaContext, uint32(5), "a"),
+			reply(OptSetMetaContext, RepMetaContext, uint32(6), "a")), withContext, "two ids"},
+		"unasked":    {play(greeting(fixed), structured, reply(OptSetMetaContext, RepMetaContext, uint32(5), "c")), withContext, "nobody asked for"},
+		"repetition": {play(greeting(fixed), structured, bytes.Repeat(reply(OptSetMetaContext, RepMetaContext, uint32(5), strings.Repeat("a", MaxString)), 1<<12)), Options{Contexts: []string{strings.Repeat("a", MaxString)}, Protocol: Structured}, "more than 16777216 bytes"},
+		"name":       {play(), Options{Export: strings.Repeat("x", 4097)}, "longer than 4096"},
+		"context":    {play(), Options{Contexts: []string{strings.Repeat("x", 4097)}}, "longer than 4096"},
 	} {
 		s, err := Handshake(t.Context(), scripted{c.server}, c.opt)
 		if err == nil || !strings.Contains(err.Error(), c.why) {
@@ -130,13 +131,6 @@ func TestNegotiateRefused(t *testing.T) {
 			t.Errorf("%s: io.EOF", name)
 		}
 	}
-}
-
-func many(n int, f func(int) []byte) (b []byte) {
-	for i := range n {
-		b = append(b, f(i)...)
-	}
-	return b
 }
 
 // scripted makes a script a connection.
@@ -151,6 +145,7 @@ func (scripted) SetWriteDeadline(time.Time) error { return nil }
 
 func TestListRefused(t *testing.T) {
 	start := be(nil, greeting(fixed), reply(OptExtendedHeaders, RepErrUnsup), reply(OptStructuredReply, RepErrUnsup))
+	described := be(nil, reply(OptInfo, RepInfo, uint16(InfoExport), uint64(512), uint16(1)), reply(OptInfo, RepAck))
 	for name, c := range map[string]struct {
 		server *script
 		why    string
@@ -161,6 +156,11 @@ func TestListRefused(t *testing.T) {
 		"name":    {play(start, reply(OptList, RepServer, uint32(5), "1234")), "name of 5"},
 		"long":    {play(start, reply(OptList, RepServer, uint32(4097), strings.Repeat("x", 4097))), "name of 4097"},
 		"exports": {play(start, bytes.Repeat(reply(OptList, RepServer, uint32(1), "x"), maxExports+1)), "after 10000 exports"},
+		"contexts": {play(start, reply(OptList, RepServer, uint32(1), "x"), reply(OptList, RepAck), described,
+			bytes.Repeat(reply(OptListMetaContext, RepMetaContext, uint32(0), "a"), maxContexts+1)), "after 1000 contexts"},
+		"bytes": {play(start, bytes.Repeat(reply(OptList, RepServer, uint32(1), "x"), 5), reply(OptList, RepAck),
+			bytes.Repeat(be(nil, described, bytes.Repeat(reply(OptListMetaContext, RepMetaContext, uint32(0), strings.Repeat("a", MaxString)), maxContexts),
+				reply(OptListMetaContext, RepAck)), 5)), "more than 16777216 bytes"},
 	} {
 		if l, err := List(t.Context(), scripted{c.server}); err == nil || !strings.Contains(err.Error(), c.why) {
 			t.Errorf("%s: %+v, %v; want it to speak of %q", name, l, err, c.why)
