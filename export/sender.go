@@ -303,7 +303,7 @@ func (p *packer) fill() {
 		p.batch.push(t)
 		for _, part := range t.parts {
 			total += len(part)
-			if len(part) > packSmall {
+			if len(part) > packSmall || len(p.small)+len(part) > packCopy {
 				p.iov = append(p.iov, part)
 				joined = false
 				continue
