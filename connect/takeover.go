@@ -264,9 +264,11 @@ func (p *Predecessor) attachment(opt Options) *Attachment {
 }
 
 // become makes this process the one whose device it is, from which on its own
-// guardian looks after what it may leave under way.
-func (a *Attachment) become() error {
+// guardian looks after what it may leave under way. What it will answer may
+// depend on another journal than before, or on none: that is noted first.
+func (a *Attachment) become(c *config) error {
 	a.record.PID, a.record.Image, a.record.Partition = os.Getpid(), a.opt.Image, a.opt.Partition
+	a.record.Identity = a.opt.Identity.with(c.properties())
 	if err := a.guard(); err != nil {
 		return err
 	}
@@ -280,9 +282,9 @@ func (a *Attachment) become() error {
 // first time, the device is this process's from when there are any. It returns all
 // that the kernel has.
 func (a *Attachment) connectAnew(ctx context.Context, taken []net.Conn, first bool) ([]net.Conn, error) {
-	_, conns, err := a.look(ctx, a.opt.Connections-len(taken))
+	c, conns, err := a.look(ctx, a.opt.Connections-len(taken))
 	if err == nil && first {
-		err = a.refused(a.become())
+		err = a.refused(a.become(c))
 	}
 	if err == nil {
 		err = a.refused(a.attached(conns...))

@@ -95,6 +95,36 @@ func TestTakeOver(t *testing.T) {
 	}
 }
 
+// What a successor answers may depend on another journal than what its
+// predecessor had answered, or on none: the next one is told.
+func TestTakeOverIdentity(t *testing.T) {
+	h, _ := newFake(t)
+	first := offer("/dev/nbd1", disk)
+	first.Identity.Journal = ""
+	attach(t, h, first).record.f.Close()
+	for _, change := range []func(*Identity){
+		func(i *Identity) { i.Journal = "K" },
+		func(i *Identity) { i.Journal, i.Volatile = "", "there was no journal" },
+	} {
+		next := different(change)
+		p, err := h.findPredecessor(limited(t), "/dev/nbd1", "", false)
+		if err != nil || p == nil {
+			t.Fatalf("%v, %v", p, err)
+		}
+		a, err := p.TakeOver(limited(t), next)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := h.server(1)
+		s.close()
+		want := next.Identity.with([]Property{{"size", "1048576"}, {"block size", "512"}, {"flags", "0x6d"}})
+		if diff := cmp.Diff(want, s.Identity); diff != "" {
+			t.Error(diff)
+		}
+		a.record.f.Close()
+	}
+}
+
 // A connection that has ended before the last was taken does not count.
 func TestTakeOverEnded(t *testing.T) {
 	h, k := newFake(t)
