@@ -76,7 +76,7 @@ func (s *service) runConnected() (err error) {
 	if a == nil || err != nil {
 		return err
 	}
-	err = s.serveDevice(a)
+	err = s.serveDevice(a, pred != nil)
 	if gone, ok := errors.AsType[*departed](err); ok {
 		return gone.err
 	}
@@ -99,10 +99,12 @@ func (s *service) begin(pred *connect.Predecessor) (_ *connect.Attachment, err e
 	if s.device == nil || err != nil {
 		return nil, err
 	}
+	taken := false
 	defer func() {
 		// What waits for another server needs its journal: what this process
 		// has not closed is as after its death.
-		if err != nil && (pred == nil || pred.Lives()) {
+		waits := pred != nil && (taken || !pred.Lives())
+		if err != nil && !waits {
 			err = errors.Join(err, s.closeDevice())
 		}
 	}()
@@ -114,6 +116,7 @@ func (s *service) begin(pred *connect.Predecessor) (_ *connect.Attachment, err e
 	defer settled()
 	a, err := s.attachImage(pred, e)
 	if err == nil {
+		taken = pred != nil
 		err = s.resume(a.Handed(), e)
 	}
 	if err != nil {
@@ -178,17 +181,24 @@ func (s *service) attachImage(pred *connect.Predecessor, e *export.Export) (*con
 }
 
 // attach adds to opt what the command line says of the device. A signal ends
-// the waiting.
-func (s *service) attach(pred *connect.Predecessor, opt connect.Options) (*connect.Attachment, error) {
+// the waiting. If it comes too late for that, it is one to the server of the device.
+func (s *service) attach(pred *connect.Predecessor, opt connect.Options) (a *connect.Attachment, err error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	stopped := make(chan struct{})
-	defer close(stopped)
+	attached, came := make(chan struct{}), make(chan os.Signal, 1)
 	go func() {
+		defer close(came)
 		select {
-		case <-s.signals:
+		case sig := <-s.signals:
 			cancel()
-		case <-stopped:
+			came <- sig
+		case <-attached:
+		}
+	}()
+	defer func() {
+		close(attached)
+		if sig, ok := <-came; ok && err == nil {
+			s.signalLater(sig)
 		}
 	}()
 	c := &s.opt.connect
@@ -200,14 +210,19 @@ func (s *service) attach(pred *connect.Predecessor, opt connect.Options) (*conne
 		opt.Guard = s.guardian.watch
 	}
 	if pred != nil {
+		// What can fail does so before the device is ours. A server that lives
+		// has the lock until then.
+		if err := s.openPID(); err != nil {
+			return nil, err
+		}
 		take := pred.TakeOver
 		if opt.Server != "" {
 			take = pred.Adopt
 		}
-		a, err := take(ctx, opt)
+		a, err = take(ctx, opt)
 		return a, differs(err)
 	}
-	a, err := connect.Attach(ctx, opt)
+	a, err = connect.Attach(ctx, opt)
 	if errors.Is(err, connect.ErrUnavailable) {
 		err = hinted(err, "serve with --socket=PATH, which needs no device; a container can use devices only where its host has nbd")
 	}
@@ -215,12 +230,24 @@ func (s *service) attach(pred *connect.Predecessor, opt connect.Options) (*conne
 }
 
 // serveDevice tells everyone that the device is there, and returns when it no
-// longer is. With a *departed it is there, without this process.
-func (s *service) serveDevice(a *connect.Attachment) error {
-	if err := s.announceDevice(a); err != nil {
-		return errors.Join(err, a.Detach(context.Background(), true))
-	}
+// longer is. With a *departed it is there, without this process. One that was
+// taken over may be in use: it is served whoever can be told.
+func (s *service) serveDevice(a *connect.Attachment, taken bool) error {
 	defer s.closePID()
+	tolerate := func(err error) error {
+		if err != nil && taken {
+			s.u.warning(err.Error())
+			return nil
+		}
+		return err
+	}
+	if err := s.announceDevice(a, tolerate); err != nil {
+		e := s.detach(a)
+		if gone, ok := errors.AsType[*departed](e); ok {
+			return &departed{errors.Join(err, gone.err)}
+		}
+		return errors.Join(err, e)
+	}
 	for {
 		select {
 		case <-s.over: // somebody has detached it
@@ -236,27 +263,16 @@ func (s *service) serveDevice(a *connect.Attachment) error {
 	}
 }
 
-func (s *service) closePID() {
-	if s.pid != nil {
-		s.pid.Close()
-		s.pid = nil
-	}
-}
-
-// announceDevice is announce for a device.
-func (s *service) announceDevice(a *connect.Attachment) (err error) {
-	if s.opt.pidFile != "" {
-		if s.pid, err = writePIDFile(s.opt.pidFile); err != nil {
-			return err
-		}
+// announceDevice is announce for a device. What fails ends it only if that is
+// still an error when tolerate has seen it.
+func (s *service) announceDevice(a *connect.Attachment, tolerate func(error) error) error {
+	if err := tolerate(s.lockPID()); err != nil {
+		return err
 	}
 	if s.opt.verbose {
 		s.u.bare("NBD device " + a.Path() + " is now connected to " + s.file)
 	}
-	if s.home, err = os.Getwd(); err == nil {
-		err = os.Chdir("/") // keep no file system busy
-	}
-	if err != nil {
+	if err := tolerate(s.leaveHome()); err != nil {
 		return err
 	}
 	var result string
@@ -268,8 +284,16 @@ func (s *service) announceDevice(a *connect.Attachment) (err error) {
 	}
 	notify(fmt.Sprintf("READY=1\nMAINPID=%d\nSTATUS=%s is %s", os.Getpid(), s.file, a.Path()))
 	if s.daemon != nil {
-		return s.daemon.readyWith(result)
+		return tolerate(s.daemon.readyWith(result))
 	}
 	s.u.printf("%s", result)
 	return nil
+}
+
+// leaveHome keeps no file system busy.
+func (s *service) leaveHome() (err error) {
+	if s.home, err = os.Getwd(); err != nil {
+		return err
+	}
+	return os.Chdir("/")
 }

@@ -128,9 +128,9 @@ func (d *daemon) ready() error { return d.readyWith("") }
 // readyWith also has the parent print a result.
 func (d *daemon) readyWith(result string) error {
 	defer d.stderr.Close()
-	if _, err := d.readiness.Write(append([]byte(result), 0)); err != nil {
-		return fmt.Errorf("nobody waits for this server: %w", err)
+	_, err := d.readiness.Write(append([]byte(result), 0))
+	if err != nil {
+		err = fmt.Errorf("nobody waits for this server: %w", err)
 	}
-	d.readiness.Close()
-	return redirect(d.stderr, 2)
+	return errors.Join(err, d.readiness.Close(), redirect(d.stderr, 2))
 }

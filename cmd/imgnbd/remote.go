@@ -256,7 +256,7 @@ func (s *service) runRemote(r *remote) (err error) {
 		defer close(over)
 		tended = a.Tend(ctx)
 	}()
-	err = s.serveDevice(a)
+	err = s.serveDevice(a, pred != nil)
 	cancel()
 	<-over
 	if gone, ok := errors.AsType[*departed](err); ok {

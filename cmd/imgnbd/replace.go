@@ -77,10 +77,8 @@ func (s *service) goOn(a *connect.Attachment, conns []connect.Handed) (err error
 	if err := s.resume(conns, e); err != nil {
 		return err
 	}
-	if s.opt.pidFile != "" && s.pid == nil {
-		if s.pid, err = writePIDFile(s.opt.pidFile); err != nil {
-			return err
-		}
+	if err := s.lockPID(); err != nil {
+		s.u.warning(err.Error())
 	}
 	notify(fmt.Sprintf("READY=1\nMAINPID=%d", os.Getpid()))
 	return nil

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -42,7 +41,7 @@ type service struct {
 	visitors  *visitors
 	over      <-chan struct{}                  // closed when a device is nobody's; of --connect
 	report    func(*connect.Attachment) string // what is printed when it is there; nil: as usual
-	pid       io.Closer                        // the file, nil if there is none
+	pid       *pidFile                         // nil if there is none
 	guardian  *guardian                        // of the device; nil: it has none
 	home      string                           // the directory that names are relative to
 	command   *exec.Cmd                        // of --run, nil if there is none
@@ -79,11 +78,9 @@ func (s *service) run(passed *os.File) (err error) {
 	}
 	s.visitors = newVisitors()
 	s.server = s.opt.newServer(s.u, e, s.visitors)
+	defer s.closePID()
 	if err := s.announce(); err != nil {
 		return err
-	}
-	if s.pid != nil {
-		defer s.pid.Close()
 	}
 	return s.serve()
 }
@@ -103,6 +100,14 @@ func (s *service) catchSignals() (undo func()) {
 		signal.Stop(s.signals)
 		signal.Stop(s.asked)
 		signal.Stop(ignored)
+	}
+}
+
+// signalLater puts back a signal that comes too early to be followed.
+func (s *service) signalLater(sig os.Signal) {
+	select {
+	case s.signals <- sig:
+	default: // there are others
 	}
 }
 
@@ -143,10 +148,8 @@ func unlessSignalled(signals <-chan os.Signal, open func(context.Context) (image
 
 // announce tells everyone who waits that clients can be served.
 func (s *service) announce() (err error) {
-	if s.opt.pidFile != "" {
-		if s.pid, err = writePIDFile(s.opt.pidFile); err != nil {
-			return err
-		}
+	if err := s.lockPID(); err != nil {
+		return err
 	}
 	if s.opt.verbose && !s.opt.stdio {
 		uri := s.place.uri
