@@ -129,13 +129,19 @@ func (a *Attachment) stopListening() error {
 
 // HandOver gives the device to a successor: the server's ends of its
 // connections, at which nobody may do anything until this returns, and the
-// image of which must be closed, and its locks, which are closed here. taken means that the device is the
-// successor's, and this process is done with it; before is called when that is
-// certain, while the successor still waits. Otherwise the device is still
-// ours, and goes on with Keep.
+// image of which must be closed and have all that was answered, and its locks,
+// which are closed here. taken means that the device is the successor's, and this
+// process is done with it; before is called when that is certain, while the
+// successor still waits. Otherwise the device is still ours, and goes on with
+// Keep.
 func (a *Attachment) HandOver(s *Successor, conns []Handed, locks []HeldLock, before func()) (taken bool, err error) {
 	defer s.Close()
-	err = s.conn.SetDeadline(time.Now().Add(handoverTime))
+	// Should both ends die now, there is no journal to be found, and need not be.
+	a.record.Journal, a.record.Volatile = "", ""
+	err = a.record.write()
+	if err == nil {
+		err = s.conn.SetDeadline(time.Now().Add(handoverTime))
+	}
 	if err == nil {
 		err = a.send(s.conn, conns, locks)
 	}
@@ -322,7 +328,14 @@ func (p *Predecessor) succeed(ctx context.Context, opt Options) (*Attachment, er
 	}
 	p.letGoAll()
 	a.handed, p.handed = p.handed, nil
-	return a, errors.Join(p.record.write(), a.listen())
+	// Until that is written, the record is right for an image that is closed.
+	if err := a.listen(); err != nil {
+		return nil, err
+	}
+	if err := p.record.write(); err != nil {
+		return nil, errors.Join(err, a.stopListening())
+	}
+	return a, nil
 }
 
 // Handed are the connections of a device that was handed over; nobody serves

@@ -142,6 +142,41 @@ func TestHandOver(t *testing.T) {
 	}
 }
 
+// The image is closed while a device is handed over: if both ends die, whoever
+// takes it over needs no journal of theirs.
+func TestHandOverUnfinished(t *testing.T) {
+	for name, i := range map[string]Identity{
+		"journal":  {Stores: identity.Stores, Journal: "J"},
+		"volatile": {Stores: identity.Stores, Volatile: "there was no journal"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h, _ := newFake(t)
+			opt := offer("/dev/nbd1", disk)
+			opt.Identity = i
+			a := attach(t, h, opt)
+			one, _ := pair(t, "")
+			done, _ := handsOver(a, one)
+			p := lives(t, h)
+			if err := p.Receive(limited(t)); err != nil {
+				t.Fatal(err)
+			}
+			p.Close()
+			if o := <-done; o.taken || o.err == nil {
+				t.Fatalf("%+v", o)
+			}
+			a.record.f.Close()
+			p, err := h.findPredecessor(limited(t), "/dev/nbd1", "", false)
+			if err != nil || p == nil {
+				t.Fatalf("%v, %v", p, err)
+			}
+			defer p.Close()
+			if got := p.Identity(); got.Journal != "" || got.Volatile != "" || len(got.Stores) != 2 {
+				t.Errorf("%+v", got)
+			}
+		})
+	}
+}
+
 // A successor without a last word from its predecessor touches nothing.
 func TestHandOverBroken(t *testing.T) {
 	h, _ := newFake(t)

@@ -22,6 +22,13 @@ func (e *departed) Unwrap() error { return e.err }
 // finished and flushed, and the image closed, before that opens it. If it fails
 // with that, this process goes on. What cannot be undone is a *departed.
 func (s *service) handOver(a *connect.Attachment, successor *connect.Successor) error {
+	if s.opt.temporary { // to close the overlay would be its end
+		s.u.warning(fmt.Sprintf("process %d asks for a temporary overlay, which ends with its server", successor.PID))
+		if err := successor.Close(); err != nil {
+			s.u.warning(err.Error())
+		}
+		return nil
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), detachTime) // the medium may be slow
 	defer cancel()
 	conns, err := s.server.HandOver(ctx)
