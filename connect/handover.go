@@ -166,17 +166,25 @@ func (a *Attachment) HandOver(s *Successor, conns []Handed, locks []HeldLock, be
 }
 
 // Keep goes on with a device that nobody has taken, with what is noted for
-// whoever takes it over.
-func (a *Attachment) Keep(i Identity) error {
-	c, err := a.opt.config(a.session)
+// whoever takes it over. The image was closed, and may have been replaced: one that
+// is not the same is a *DifferentError. On an error the device waits for another
+// server, as if this one had ended before.
+func (a *Attachment) Keep(ctx context.Context, i Identity) error {
+	if err := a.unchanged(a.opt.Image, i); err != nil {
+		return err
+	}
+	c, conns, err := a.look(ctx, max(a.opt.Connections, 1))
+	for _, conn := range conns {
+		conn.Close()
+	}
+	if err == nil && a.control == nil {
+		err = a.listen()
+	}
 	if err != nil {
 		return err
 	}
 	a.record.Identity = i.with(c.properties())
-	if err := a.record.write(); err != nil || a.control != nil {
-		return err
-	}
-	return a.listen()
+	return a.record.write()
 }
 
 func (a *Attachment) send(to *net.UnixConn, conns []Handed, locks []HeldLock) error {
@@ -300,8 +308,7 @@ func (p *Predecessor) letGoAll() {
 }
 
 // succeed takes the device from a server that lives.
-func (p *Predecessor) succeed(ctx context.Context, opt Options) (*Attachment, error) {
-	a := p.attachment(opt)
+func (p *Predecessor) succeed(ctx context.Context, a *Attachment) (*Attachment, error) {
 	c, conns, err := a.look(ctx, a.opt.Connections)
 	for _, conn := range conns {
 		conn.Close()
@@ -310,8 +317,8 @@ func (p *Predecessor) succeed(ctx context.Context, opt Options) (*Attachment, er
 		return nil, err
 	}
 	r := p.record.Record
-	p.record.PID, p.record.Image, p.record.Partition = os.Getpid(), opt.Image, opt.Partition
-	p.record.Identity = opt.Identity.with(c.properties())
+	p.record.PID, p.record.Image, p.record.Partition = os.Getpid(), a.opt.Image, a.opt.Partition
+	p.record.Identity = a.opt.Identity.with(c.properties())
 	if err := a.guard(); err != nil {
 		p.record.Record = r
 		return nil, err

@@ -69,7 +69,7 @@ func TestHandOver(t *testing.T) {
 	}
 	again := identity
 	again.Journal = "K"
-	if err := a.Keep(again); err != nil {
+	if err := a.Keep(limited(t), again); err != nil {
 		t.Fatal(err)
 	}
 	if s := h.server(1); !s.alive() || s.Journal != "K" || s.Property("size") != "1048576" {
@@ -174,6 +174,35 @@ func TestHandOverUnfinished(t *testing.T) {
 				t.Errorf("%+v", got)
 			}
 		})
+	}
+}
+
+// Whoever goes on with a device by itself may find another image, too, than the
+// one that it had closed.
+func TestKeepRefused(t *testing.T) {
+	other := identity
+	other.Stores = []string{identity.Stores[0], "file 9:9 9"}
+	fewer := identity
+	fewer.Stores = identity.Stores[:1]
+	raw := identity
+	raw.Properties = []Property{{"format", "raw"}}
+	for want, test := range map[string]struct {
+		offered Identity
+		peer    peer
+	}{
+		"/dev/nbd1 waits for /disk (file 1:2 4), which /disk (file 9:9 9) is not": {other, disk},
+		"/dev/nbd1 waits for /disk with files 2; /disk has 1":                     {fewer, disk},
+		"/dev/nbd1 waits for /disk with format qcow2; /disk has raw":              {raw, disk},
+		"/dev/nbd1 waits for /disk with size 1048576; /disk has 1048064":          {identity, peer{size: 1<<20 - 512, flags: writable}},
+	} {
+		h, _ := newFake(t)
+		opt := offer("/dev/nbd1", disk, test.peer)
+		opt.Connections = 1
+		a := attach(t, h, opt)
+		err := a.Keep(limited(t), test.offered)
+		if err == nil || err.Error() != want {
+			t.Errorf("%q: %v", want, err)
+		}
 	}
 }
 

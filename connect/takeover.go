@@ -180,6 +180,23 @@ func (p *Predecessor) Check(offered string, stores []string, properties []Proper
 	return nil
 }
 
+// Check is that of a Predecessor, for the server of the device itself.
+func (a *Attachment) Check(offered string, stores []string, properties []Property) error {
+	p := Predecessor{host: a.host, index: a.index, record: a.record}
+	return p.Check(offered, stores, properties)
+}
+
+// unchanged is Check for an image of which all is known.
+func (a *Attachment) unchanged(offered string, i Identity) error {
+	if err := a.Check(offered, i.Stores, i.Properties); err != nil {
+		return err
+	}
+	if was, is := len(a.record.Stores), len(i.Stores); was != is {
+		return &DifferentError{a.Path(), a.record.Image, offered, "files", fmt.Sprint(was), fmt.Sprint(is)}
+	}
+	return nil
+}
+
 // Property returns the value of a property, "" if it is not there.
 func (i *Identity) Property(name string) string {
 	for _, p := range i.Properties {
@@ -218,16 +235,13 @@ func (p *Predecessor) TakeOver(ctx context.Context, opt Options) (*Attachment, e
 	if opt.Connections != p.record.Connections {
 		return nil, fmt.Errorf("%s had %d connections, not %d", p.Path(), p.record.Connections, opt.Connections)
 	}
-	if err := p.Check(opt.Image, opt.Identity.Stores, opt.Identity.Properties); err != nil {
+	a := p.attachment(opt)
+	if err := a.unchanged(opt.Image, opt.Identity); err != nil {
 		return nil, err
 	}
-	if was, is := len(p.record.Stores), len(opt.Identity.Stores); was != is {
-		return nil, &DifferentError{p.Path(), p.record.Image, opt.Image, "files", fmt.Sprint(was), fmt.Sprint(is)}
-	}
 	if p.lives {
-		return p.succeed(ctx, opt)
+		return p.succeed(ctx, a)
 	}
-	a := p.attachment(opt)
 	if _, err := a.succeedDead(ctx); err != nil {
 		return nil, err
 	}
@@ -319,12 +333,11 @@ func (a *Attachment) look(ctx context.Context, connections int) (*config, []net.
 	if err != nil {
 		return nil, conns, err
 	}
-	p := Predecessor{host: a.host, index: a.index, record: a.record}
-	if err := p.Check(a.opt.Image+a.opt.Server, nil, c.properties()); err != nil {
+	if err := a.Check(a.opt.Image+a.opt.Server, nil, c.properties()); err != nil {
 		return nil, conns, err
 	}
 	if size := a.host.size(a.index); size != c.size { // the kernel's word counts
-		return nil, conns, &DifferentError{a.Path(), p.Image(), a.opt.Image + a.opt.Server, "size", fmt.Sprint(size), fmt.Sprint(c.size)}
+		return nil, conns, &DifferentError{a.Path(), a.record.Image + a.record.Server, a.opt.Image + a.opt.Server, "size", fmt.Sprint(size), fmt.Sprint(c.size)}
 	}
 	return c, conns, nil
 }

@@ -4,10 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
+	"time"
 
 	"github.com/imgnbd/imgnbd/connect"
 	"github.com/imgnbd/imgnbd/export"
+	"github.com/imgnbd/imgnbd/image"
 )
 
 // A departed is the end of serving a device that stays: another process has
@@ -63,23 +66,20 @@ func (s *service) handOver(a *connect.Attachment, successor *connect.Successor) 
 
 // goOn serves a device again that nobody has taken.
 func (s *service) goOn(a *connect.Attachment, conns []connect.Handed) (err error) {
-	if err := os.Chdir(s.home); err != nil {
-		return err
-	}
+	notHome := os.Chdir(s.home) // which matters if names are relative to it
 	defer func() { err = errors.Join(err, os.Chdir("/")) }()
 	s.opt.contexts = nil // of the image that was closed
-	if s.opt.connect.origin, err = newOrigin(s.file, nil); err != nil {
-		return err
-	}
-	if s.device, err = s.opt.open(context.Background(), s.u, s.file); err != nil {
-		return err
+	if s.device, err = s.reopen(a.Check); err != nil {
+		return errors.Join(differs(err), notHome)
 	}
 	e, err := s.newImageServer()
 	if err != nil {
-		return err
+		return errors.Join(err, s.closeDevice())
 	}
-	if err := a.Keep(s.opt.connect.origin.identity(s.opt, e)); err != nil {
-		return err
+	settled := s.visitors.expect()
+	defer settled()
+	if err := a.Keep(context.Background(), s.opt.connect.origin.identity(s.opt, e)); err != nil {
+		return errors.Join(differs(err), s.shutdown(), s.closeDevice())
 	}
 	if err := s.resume(conns, e); err != nil {
 		return err
@@ -89,6 +89,61 @@ func (s *service) goOn(a *connect.Attachment, conns []connect.Handed) (err error
 	}
 	notify(fmt.Sprintf("READY=1\nMAINPID=%d", os.Getpid()))
 	return nil
+}
+
+// reopen opens the image that was closed for a successor, unless check refuses what
+// is there now. A signal is kept for when the device is served, which is what it
+// takes to be detached; a second one ends the waiting.
+func (s *service) reopen(check checker) (image.Device, error) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	var device image.Device
+	opened := make(chan error, 1)
+	go func() {
+		var err error
+		device, err = s.openUnused(ctx, check)
+		opened <- err
+	}()
+	var early os.Signal
+	for {
+		select {
+		case err := <-opened:
+			if early != nil {
+				s.signalLater(early)
+			}
+			return device, err
+		case sig := <-s.signals:
+			if early != nil {
+				return nil, fmt.Errorf("%s is not open again yet", s.file)
+			}
+			early = sig
+		}
+	}
+}
+
+// openUnused opens the image when nobody else has it: a successor may be about to
+// end that has not closed it yet.
+func (s *service) openUnused(ctx context.Context, check checker) (device image.Device, err error) {
+	u := *s.u
+	for {
+		if s.opt.connect.origin, err = newOrigin(s.file, nil); err != nil {
+			return nil, err
+		}
+		s.opt.connect.origin.check = check
+		device, err = s.opt.open(ctx, &u, s.file)
+		if !errors.Is(err, image.ErrInUse) {
+			return device, err
+		}
+		if u.stderr != io.Discard {
+			s.u.message(err.Error() + ": it is tried again")
+			u.stderr = io.Discard // it would say the same
+		}
+		select {
+		case <-time.After(50 * time.Millisecond):
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
 }
 
 // resume serves connections that another server has left.

@@ -25,6 +25,7 @@ type origin struct {
 	name string               // of the image, for people
 	pred *connect.Predecessor // that had the device before; nil: nobody
 
+	check   checker  // nil: anything will do
 	stores  []string // in the order in which they are first opened
 	opened  []storage.Store
 	journal string // the holder of the journal
@@ -32,9 +33,16 @@ type origin struct {
 	kept    bool   // and has got it
 }
 
+// A checker refuses what a device does not wait for, see
+// [connect.Predecessor.Check].
+type checker func(offered string, stores []string, properties []connect.Property) error
+
 // newOrigin returns what watches the opening of file.
 func newOrigin(file string, pred *connect.Predecessor) (*origin, error) {
 	o := &origin{name: file, pred: pred, journal: rand.Text()}
+	if pred != nil {
+		o.check = pred.Check
+	}
 	if o.continues() {
 		o.journal = pred.Identity().Journal
 	}
@@ -53,7 +61,7 @@ func (o *origin) continues() bool {
 }
 
 // watch has chain tell what it opens, and lets it open nothing but what the
-// predecessor had.
+// device waits for.
 func (o *origin) watch(chain *image.Chain) {
 	for i, p := range chain.Protocols {
 		chain.Protocols[i].Open = func(ctx context.Context, u *url.URL, opt storage.Options) (storage.Store, error) {
@@ -109,10 +117,10 @@ func (o *origin) saw(info storage.Info) error {
 		}
 	}
 	o.stores = append(o.stores, id)
-	if o.pred == nil {
+	if o.check == nil {
 		return nil
 	}
-	return o.pred.Check(o.name, o.stores, nil)
+	return o.check(o.name, o.stores, nil)
 }
 
 type watchedJournals struct {

@@ -100,6 +100,11 @@ imgnbd -c /dev/nbd1 -f qcow2 --journal=off other.qcow2
 die /dev/nbd1
 refused 'with format qcow2' -- imgnbd -c /dev/nbd1 -f raw other.qcow2
 lost /dev/nbd1 'its server kept no journal' other.qcow2
+imgnbd -c /dev/nbd1 -f qcow2 --journal=off --cache=writethrough other.qcow2
+die /dev/nbd1
+imgnbd -c /dev/nbd1 -f qcow2 --journal=off other.qcow2
+die /dev/nbd1
+lost /dev/nbd1 'its server kept no journal' other.qcow2
 imgnbd -c /dev/nbd1 -f qcow2 -s other.qcow2
 die /dev/nbd1
 lost /dev/nbd1 'its overlay was temporary' -s other.qcow2
@@ -372,9 +377,23 @@ for i in 1 2 3; do
         refused 'no journal' -- imgnbd -c /dev/nbd0 --replace --journal=/nonexistent -f qcow2 disk.qcow2
         [ "$(server /dev/nbd0)" = $new ] || fail "$(cat /run/imgnbd/nbd0.json), not $new"
         imgnbd -d /dev/nbd1
+        refused 'Could not create' -- imgnbd -c /dev/nbd0 --replace --pid-file=/nonexistent/pid -f qcow2 disk.qcow2
+        [ "$(server /dev/nbd0)" = $new ] || fail "$(cat /run/imgnbd/nbd0.json), not $new"
+        # What fails when it has the device is told, and the device is served.
+        imgnbd -f raw --fork -t -k $PWD/s --pid-file=$PWD/other.pid other.qcow2
+        imgnbd -c /dev/nbd0 --replace --pid-file=$PWD/other.pid -f qcow2 disk.qcow2 2>said
+        grep -q 'warning: Cannot lock pid file' said || fail "$(cat said)"
+        eventually gone $new
+        [ "$(server /dev/nbd0)" != $new ]
+        kill $(cat other.pid)
     fi
-    if [ $i$1 = 31 ]; then # a crash in between
-        kill -KILL $new
+    if [ $i$1 = 31 ]; then # both die while nobody has the image
+        python3 -c '
+import os, signal, socket, sys
+s = socket.socket(socket.AF_UNIX)
+s.connect("/run/imgnbd/nbd0.sock")
+socket.recv_fds(s, 1, 253)
+os.kill(int(sys.argv[1]), signal.SIGKILL)' $new
         eventually gone $new
         imgnbd -c /dev/nbd0 --replace -f qcow2 --pid-file=$PWD/pid disk.qcow2
     fi
@@ -397,7 +416,7 @@ for n in $CONNECTIONS; do replace $n; done
 [ -z "$(ls /run/imgnbd)" ] || fail "$(ls /run/imgnbd)"
 imgnbd check -q -f qcow2 disk.qcow2
 if dmesg | grep -E 'I/O error|EXT4-fs error'; then fail 'the kernel saw errors'; fi
-`}, "mkfs.ext4", "e2fsck", "fio")
+`}, "mkfs.ext4", "e2fsck", "fio", "python3")
 		})
 	}
 }
