@@ -194,13 +194,14 @@ func (h *host) attach(ctx context.Context, opt Options) (_ *Attachment, err erro
 			a.lines.close()
 		}
 	}()
+	// To get the record may take long, and requests are under way already.
+	if err := a.guard(); err != nil {
+		return nil, err
+	}
 	if a.record, err = h.newRecord(ctx, a.index, Record{
 		Backend: a.backend, PID: os.Getpid(), Image: opt.Image, Partition: opt.Partition, Server: opt.Server, Connections: len(conns),
 		Identity: opt.Identity.with(c.properties()), Direct: opt.Server != "" && !a.relays.used,
 	}); err != nil {
-		return nil, err
-	}
-	if err := a.guard(); err != nil {
 		return nil, err
 	}
 	if opt.Server != "" {

@@ -29,7 +29,8 @@ type Ward struct {
 // several connections that is not possible: the device is given up if anybody
 // uses it, and Release returns when it is gone.
 //
-// It returns as soon as another server has the device, or nobody.
+// It returns as soon as another server has the device, or nobody. One that nobody
+// can take over, since its server had no record yet, is given up at once.
 func (w Ward) Release(ctx context.Context) error {
 	h, err := newHost()
 	if err != nil {
@@ -45,6 +46,9 @@ func (h *host) release(ctx context.Context, w Ward) error {
 	}
 	for end := time.Now().Add(w.DeadTimeout); ; {
 		f, err := h.orphan(ctx, index, w)
+		if errors.Is(err, errUnrecorded) {
+			return h.disconnect(index)
+		}
 		if f == nil || err != nil {
 			return err
 		}
@@ -76,44 +80,44 @@ func (h *host) release(ctx context.Context, w Ward) error {
 	}
 }
 
+// errUnrecorded means that the server of a device has ended before it had a record,
+// without which nobody can take the device over.
+var errUnrecorded = errors.New("it has no record")
+
 // orphan returns the record of a device whose server is gone, with a lock that
 // nobody takes for a server's, and that a takeover waits for. nil: another
 // server has the device, or nobody.
 func (h *host) orphan(ctx context.Context, index int, w Ward) (*os.File, error) {
-	f, err := os.Open(h.recordPath(index))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	for {
-		err := syscall.Flock(int(f.Fd()), syscall.LOCK_SH|syscall.LOCK_NB)
-		if _, e := f.Seek(0, 0); e != nil {
-			f.Close()
-			return nil, e
+	for h.backend(index) == w.Backend {
+		f, err := os.Open(h.recordPath(index))
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, errUnrecorded
 		}
+		if err != nil {
+			return nil, err
+		}
+		err = syscall.Flock(int(f.Fd()), syscall.LOCK_SH|syscall.LOCK_NB)
 		r, readErr := readRecord(f)
-		switch {
-		case !isAt(f, h.recordPath(index)), h.backend(index) != w.Backend,
-			readErr == nil && (r.Backend != w.Backend || r.PID != w.PID):
-			f.Close()
-			return nil, nil
-		case err == nil && readErr == nil:
+		here := isAt(f, h.recordPath(index))
+		if here && err == nil && readErr == nil && r.Backend == w.Backend && r.PID == w.PID {
 			return f, nil
-		case err == nil:
-			f.Close()
-			return nil, readErr
+		}
+		f.Close()
+		switch {
+		case !here: // it was that of the server before
+		case readErr == nil && r.Backend != w.Backend, err == nil && readErr != nil:
+			return nil, errUnrecorded
+		case readErr == nil && r.PID != w.PID:
+			return nil, nil
 		case !errors.Is(err, syscall.EWOULDBLOCK) && !errors.Is(err, syscall.EINTR):
-			f.Close()
 			return nil, err
 		}
 		// It is about to end, or somebody looks whether he can take it over.
 		if err := sleep(ctx, 20*time.Millisecond); err != nil {
-			f.Close()
 			return nil, err
 		}
 	}
+	return nil, nil
 }
 
 // clearAway removes what is left of a device that was given up, its record and
@@ -151,8 +155,8 @@ func (a *Attachment) guard() error {
 		return nil
 	}
 	return a.opt.Guard(Ward{
-		Device: a.Path(), Backend: a.backend, PID: a.record.PID,
-		Connections: a.record.Connections, DeadTimeout: a.opt.DeadTimeout,
+		Device: a.Path(), Backend: a.backend, PID: os.Getpid(),
+		Connections: max(a.opt.Connections, 1), DeadTimeout: a.opt.DeadTimeout,
 	})
 }
 

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -141,6 +142,53 @@ func TestReleaseNothing(t *testing.T) {
 		})
 	}
 }
+
+// A server may be killed while it waits for the record of the one before, which
+// has not closed its image yet. Nobody can take over what is noted nowhere.
+func TestReleaseUnrecorded(t *testing.T) {
+	for _, record := range []string{"", "{", `{"backend":"imgnbd:before","pid":1}`} {
+		h, k := newFake(t)
+		if err := h.makeRun(); err != nil {
+			t.Fatal(err)
+		}
+		before, err := os.Create(h.recordPath(1))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer before.Close()
+		if _, err := before.WriteString(record); err != nil {
+			t.Fatal(err)
+		}
+		if err := lock(limited(t), before, syscall.LOCK_EX); err != nil {
+			t.Fatal(err)
+		}
+		told := make(chan Ward, 1)
+		opt := offer("/dev/nbd1", disk)
+		opt.Guard = func(w Ward) error {
+			told <- w
+			return errors.New("killed")
+		}
+		h.kernel = killed{k} // nothing is undone
+		if _, err := h.attach(limited(t), opt); err == nil {
+			t.Fatal("it is attached")
+		}
+		h.kernel = k
+		if !strings.HasPrefix(record, `{"`) {
+			before.Close()
+		}
+		if err := h.release(limited(t), <-told); err != nil {
+			t.Error(err)
+		}
+		if log := k.logged(); log[len(log)-1] != "disconnect 1" {
+			t.Errorf("%q: %q", record, log)
+		}
+	}
+}
+
+// A killed process disconnects nothing.
+type killed struct{ *fakeKernel }
+
+func (killed) disconnect(int) error { return nil }
 
 // With several connections a device that is used is given up, and nothing is
 // left of it.
