@@ -124,7 +124,7 @@ func (a *Attachment) Detach(ctx context.Context, force bool) error {
 	if !a.Ours() {
 		return nil
 	}
-	return a.host.detach(ctx, a.index, force)
+	return a.host.detach(ctx, a.index, a.backend, force)
 }
 
 // Close tells others that the server has finished: Detach in another process

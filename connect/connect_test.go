@@ -438,6 +438,30 @@ func TestForeignRecord(t *testing.T) {
 	}
 }
 
+// What somebody else attaches while a device is being detached is his.
+func TestDetachAnother(t *testing.T) {
+	h, k := newFake(t)
+	a := attach(t, h, to("/dev/nbd0", disk))
+	h.kernel = &attachedAnew{fakeKernel: k}
+	for _, force := range []bool{false, true} {
+		if err := h.detach(limited(t), 0, a.backend, force); err != nil {
+			t.Error(err)
+		}
+	}
+	log := k.logged()
+	if slices.Contains(log, "disconnect 0") || log[len(log)-1] != "release /dev/nbd0" {
+		t.Errorf("%q", log)
+	}
+}
+
+// An attachedAnew device is another attachment by the time that it is opened.
+type attachedAnew struct{ *fakeKernel }
+
+func (k *attachedAnew) open(path string, exclusive bool) (block, error) {
+	k.write("nbd0", "backend", "imgnbd:other")
+	return k.fakeKernel.open(path, exclusive)
+}
+
 // A server that hangs is not waited for by force, unless it answers something
 // now and then.
 func TestDetachHung(t *testing.T) {

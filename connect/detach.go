@@ -39,21 +39,29 @@ func Detach(ctx context.Context, path string, force bool) error {
 const hung = 30 * time.Second
 
 func (h *host) detachAndWait(ctx context.Context, index int, force bool) error {
-	s := h.server(index)
-	if err := h.detach(ctx, index, force); err != nil {
+	backend, s := h.backend(index), h.server(index)
+	if err := h.detach(ctx, index, backend, force); err != nil {
 		s.close()
 		return err
 	}
 	return s.wait(ctx)
 }
 
-func (h *host) detach(ctx context.Context, index int, force bool) error {
+// detach ends the attachment that a backend names.
+func (h *host) detach(ctx context.Context, index int, backend string, force bool) error {
 	done := make(chan flushed, 1)
 	go func() {
 		held, err := h.flush(ctx, index, force)
 		done <- flushed{held, err}
 	}()
 	f, waits := h.awaitFlush(index, done, force)
+	// While the block is held, or waits, it stays the same attachment.
+	if !waits && h.connected(index) && h.backend(index) != backend {
+		if f.held != nil {
+			f.held.Close()
+		}
+		return nil // somebody has detached it, and attached something else
+	}
 	if f.err != nil {
 		return f.err
 	}

@@ -104,7 +104,7 @@ func (h *host) unmount(ctx context.Context, dir string, force bool, umount func(
 		err = umount(m.point)
 	}
 	if err == nil && h.backend(index) == backend && h.connected(index) {
-		err = h.detach(ctx, index, false)
+		err = h.detach(ctx, index, backend, false)
 	}
 	if err != nil {
 		s.close()

@@ -122,7 +122,7 @@ func TestDetachWhileAway(t *testing.T) {
 	r.set(nil)
 	k.lines <- 0
 	awaitState(t, h, Away)
-	if err := h.detach(limited(t), 0, true); err != nil {
+	if err := h.detach(limited(t), 0, h.backend(0), true); err != nil {
 		t.Error(err)
 	}
 	r.set(&disk)
