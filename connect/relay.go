@@ -6,6 +6,7 @@ import (
 	"os"
 	"sync"
 	"syscall"
+	"time"
 )
 
 // relays carry connections that the kernel cannot use by itself, of which TLS
@@ -33,6 +34,9 @@ func (r *relays) socket(conn net.Conn) (net.Conn, error) {
 
 func (r *relays) wait() { r.running.Wait() }
 
+// farewell is about how long a server has to take what the kernel left for it.
+const farewell = 5 * time.Second
+
 // relay copies both ways until either side ends, which ends the other.
 func relay(a *net.UnixConn, b net.Conn) {
 	var back sync.WaitGroup
@@ -43,9 +47,29 @@ func relay(a *net.UnixConn, b net.Conn) {
 		a.CloseRead()
 		a.Close()
 	})
+	over := make(chan struct{})
+	back.Go(func() { abandon(a, b, over) })
 	io.Copy(b, a)
+	close(over)
 	b.Close()
 	back.Wait()
+}
+
+// abandon closes b, which may take nothing, when the other side of a is gone.
+func abandon(a *net.UnixConn, b net.Conn, over <-chan struct{}) {
+	for gone := false; ; {
+		select {
+		case <-over:
+			return
+		case <-time.After(farewell):
+		}
+		if gone {
+			b.Close()
+			return
+		}
+		hung, err := hungUp(a)
+		gone = hung || err != nil
+	}
 }
 
 // A kernelEnd is the end of a connection that the kernel is to have.

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -285,6 +286,30 @@ func TestConfig(t *testing.T) {
 			t.Errorf("%q: %v", want, err)
 		}
 	}
+}
+
+// A server that reads nothing does not keep a relay when the kernel has dropped
+// its end; until then it may take its time.
+func TestRelayHung(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var r relays
+		server, conn := net.Pipe()
+		defer server.Close()
+		kernels, err := r.socket(conn)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := kernels.Write([]byte("hello")); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Hour)
+		b := make([]byte, 2)
+		if _, err := io.ReadFull(server, b); err != nil || string(b) != "he" {
+			t.Errorf("%q, %v", b, err)
+		}
+		kernels.Close()
+		r.wait()
+	})
 }
 
 // What a relay is given at one end comes out at the other, and the end of one

@@ -120,31 +120,41 @@ func (linux) kept(conns []net.Conn) (kept []net.Conn, err error) {
 		if !ok {
 			return kept, fmt.Errorf("%T is not an end of a socket pair", conn)
 		}
-		other, err := end.other.SyscallConn()
-		if err != nil {
+		if hung, err := hungUp(end.other); err != nil {
 			return kept, err
-		}
-		p := []unix.PollFd{{}}
-		var pollErr error
-		err = other.Control(func(fd uintptr) {
-			p[0].Fd = int32(fd)
-			for {
-				if _, pollErr = unix.Poll(p, 0); pollErr != unix.EINTR {
-					return
-				}
-			}
-		})
-		switch {
-		case errors.Is(err, net.ErrClosed): // who serves it has seen the end
-		case err != nil:
-			return kept, err
-		case pollErr != nil:
-			return kept, fmt.Errorf("poll: %w", pollErr)
-		case p[0].Revents&(unix.POLLHUP|unix.POLLERR) == 0:
+		} else if !hung {
 			kept = append(kept, conn)
 		}
 	}
 	return kept, nil
+}
+
+// hungUp reports whether the other end of a connection is closed, also where
+// something is left to be read.
+func hungUp(conn *net.UnixConn) (bool, error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return false, err
+	}
+	p := []unix.PollFd{{}}
+	var pollErr error
+	err = raw.Control(func(fd uintptr) {
+		p[0].Fd = int32(fd)
+		for {
+			if _, pollErr = unix.Poll(p, 0); pollErr != unix.EINTR {
+				return
+			}
+		}
+	})
+	switch {
+	case errors.Is(err, net.ErrClosed): // who serves it has seen the end
+		return true, nil
+	case err != nil:
+		return false, err
+	case pollErr != nil:
+		return false, fmt.Errorf("poll: %w", pollErr)
+	}
+	return p[0].Revents&(unix.POLLHUP|unix.POLLERR) != 0, nil
 }
 
 func (p poller) close() {
