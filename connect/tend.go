@@ -67,12 +67,13 @@ func (a *Attachment) renew(ctx context.Context, place int) error {
 		if err := sleep(ctx, pause); err != nil {
 			return err
 		}
-		err := a.replace(ctx, place)
+		conn, err := a.replace(ctx, place)
 		switch {
 		case err == nil:
+			defer conn.Close()
 			a.opt.Log.Info("connected again", "device", a.Path(), "after", time.Since(began).Round(time.Millisecond))
 			a.setAway(false)
-			return nil
+			return a.insist(ctx, conn)
 		case errors.Is(err, ErrNotAttached) || ctx.Err() != nil:
 			return err
 		}
@@ -91,25 +92,52 @@ func (a *Attachment) renew(ctx context.Context, place int) error {
 	}
 }
 
-// replace opens a connection and gives it to the kernel.
-func (a *Attachment) replace(ctx context.Context, place int) error {
+// replace opens a connection and gives it to the kernel. The hold that this
+// process has on it is the caller's to end.
+func (a *Attachment) replace(ctx context.Context, place int) (_ net.Conn, err error) {
 	ctx, cancel := context.WithTimeout(ctx, attemptTime)
 	defer cancel()
 	conn, s, err := a.open(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	defer conn.Close()
+	defer func() {
+		if err != nil {
+			conn.Close()
+		}
+	}()
 	if !same(a.session, s) {
-		return fmt.Errorf("export '%s' is not the same: %s, and not %s", a.opt.Export, terms(s), terms(a.session))
+		return nil, fmt.Errorf("export '%s' is not the same: %s, and not %s", a.opt.Export, terms(s), terms(a.session))
 	}
 	if err := a.bePatient(); err != nil {
-		return err
+		return nil, err
 	}
 	if err := a.attached(conn); err != nil {
-		return err
+		return nil, err
 	}
-	return a.lines.set(place, conn)
+	return conn, a.lines.set(place, conn)
+}
+
+// insist offers the kernel a connection again that it may have ignored: when it
+// has the connection, it has no other place for it. That it dropped a socket is
+// seen by nobody, since this process holds it too, but for the end of a socket
+// pair. With several connections there may be another place, which is not for
+// the same socket.
+func (a *Attachment) insist(ctx context.Context, conn net.Conn) error {
+	if _, ok := conn.(*kernelEnd); ok || a.opt.Connections > 1 {
+		return nil
+	}
+	for pause := settling; pause < 2*time.Second; pause *= 2 {
+		if err := sleep(ctx, pause); err != nil {
+			return err
+		}
+		if err := a.attached(conn); errors.Is(err, ErrNotAttached) {
+			return err
+		} else if err != nil {
+			a.opt.Log.Warn("the connection is not offered again", "device", a.Path(), "err", err)
+		}
+	}
+	return nil
 }
 
 // attached gives the kernel connections, if there are any. Its answer tells

@@ -114,6 +114,43 @@ func TestTend(t *testing.T) {
 	}
 }
 
+// A socket that the kernel had no place for yet, not having seen the end of the
+// one before, is offered again: nobody sees that it was ignored.
+func TestTendIgnored(t *testing.T) {
+	h, k := newFake(t)
+	opt := to("/dev/nbd0", disk)
+	opt.Server, opt.DeadTimeout = "nbd://server/disk", time.Minute
+	opt.Dial = func(context.Context) (net.Conn, error) {
+		ours, conn, err := SocketPair()
+		if err != nil {
+			return nil, err
+		}
+		go relay(ours, disk.dial())
+		return conn.(*kernelEnd).UnixConn, nil // as of a server's socket
+	}
+	a := attach(t, h, opt)
+	result := make(chan error, 1)
+	go func() { result <- a.Tend(limited(t)) }()
+	k.mu.Lock()
+	k.deaf = 2
+	k.mu.Unlock()
+	k.lines <- 0
+	for ctx := limited(t); ; {
+		k.mu.Lock()
+		taken := k.reconf != nil
+		k.mu.Unlock()
+		if taken {
+			break
+		}
+		if err := sleep(ctx, 5*time.Millisecond); err != nil {
+			t.Fatalf("the device has no connection: %q", k.logged())
+		}
+	}
+	if err := errors.Join(a.Detach(limited(t), false), <-result, a.Close()); err != nil {
+		t.Error(err)
+	}
+}
+
 // While its server is away, a device that somebody detaches is not connected
 // again, and by force nobody waits for what cannot be flushed.
 func TestDetachWhileAway(t *testing.T) {
