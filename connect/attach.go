@@ -342,7 +342,7 @@ func (h *host) connectWhenFree(ctx context.Context, c *config) (int, error) {
 			return 0, attachError(c, h.path(c.index), err)
 		}
 		if h.connected(c.index) {
-			return 0, fmt.Errorf("%s is in use: %s", h.path(c.index), h.describe(c.index))
+			return 0, &takenError{h.path(c.index), h.describe(c.index)}
 		}
 		if time.Now().After(end) {
 			return 0, &BusyError{h.path(c.index), h.openers(c.index)}
@@ -352,6 +352,11 @@ func (h *host) connectWhenFree(ctx context.Context, c *config) (int, error) {
 		}
 	}
 }
+
+// A takenError says what is attached to a device.
+type takenError struct{ path, what string }
+
+func (e *takenError) Error() string { return e.path + " is in use: " + e.what }
 
 // attachError says what a refusal of the kernel means.
 func attachError(c *config, path string, err error) error {

@@ -186,6 +186,32 @@ func TestForgetZeroing(t *testing.T) {
 	}
 }
 
+// A device that somebody else attaches meanwhile is no free one.
+func TestForgetZeroingElsewhere(t *testing.T) {
+	h, k := newFake(t)
+	k.write("nbd0", "queue/write_zeroes_max_bytes", "4294966784")
+	k.connecting = func() {
+		k.connecting = nil
+		k.write("nbd0", "pid", "1")
+		k.write("nbd0", "backend", "somebody's")
+	}
+	opt := to(Auto, peer{size: 1 << 20, flags: writable &^ nbd.FlagSendWriteZeroes})
+	if a := attach(t, h, opt); a.Path() != "/dev/nbd1" {
+		t.Error(a.Path())
+	}
+	k.free(0)
+	k.going = 1 // somebody else has it made anew
+	if a := attach(t, h, opt); a.Path() != "/dev/nbd2" {
+		t.Error(a.Path())
+	}
+	// By name it is in use.
+	k.connecting = func() { k.write("nbd0", "pid", "1") }
+	opt.Device = "/dev/nbd0"
+	if _, err := h.attach(limited(t), opt); err == nil || !strings.Contains(err.Error(), "/dev/nbd0 is in use") {
+		t.Error(err)
+	}
+}
+
 func TestAttachRefused(t *testing.T) {
 	for _, test := range []struct {
 		opt  Options

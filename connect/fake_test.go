@@ -38,6 +38,7 @@ type fakeKernel struct {
 	detached   bool // reconfigurations are refused: it stays only because it is open
 
 	unmounted, released func() // what follows that, unless nil
+	connecting          func() // what comes before that
 	syncing             func() error
 	killed              func()
 
@@ -136,6 +137,9 @@ func (k *fakeKernel) partition(index, n int) {
 func (k *fakeKernel) connect(c *config) (int, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if k.connecting != nil {
+		k.connecting()
+	}
 	index := c.index
 	if index == anyIndex {
 		for index = 0; k.host.connected(index); index++ {

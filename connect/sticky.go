@@ -67,16 +67,24 @@ func (h *host) connectFresh(ctx context.Context, c *config) (int, error) {
 		}
 		one := *c
 		one.index = index
-		if one.replaces, err = h.forgetZeroing(ctx, index); err != nil {
+		if one.replaces, err = h.forgetZeroing(ctx, index); err == nil {
+			if _, err = h.connectOnceGone(ctx, &one); err == nil {
+				return index, nil
+			}
+			err = attachError(c, "", err)
+		}
+		if !elsewhere(err) {
 			return 0, err
 		}
-		if index, err := h.connectOnceGone(ctx, &one); !errors.Is(err, syscall.EBUSY) {
-			if err != nil {
-				err = attachError(c, "", err)
-			}
-			return index, err
-		}
 	}
+}
+
+// elsewhere reports whether a device could not be had because of others, since it
+// was found to be free: it is attached, kept open, or being destroyed.
+func elsewhere(err error) bool {
+	_, taken := errors.AsType[*takenError](err)
+	_, busy := errors.AsType[*BusyError](err)
+	return taken || busy || errors.Is(err, syscall.EBUSY) || errors.Is(err, syscall.EINVAL)
 }
 
 // connectOnceGone is connect, but waits for the end of a device that is being
