@@ -72,8 +72,8 @@ func parseBitmapDirectory(b []byte, count uint32, g *geometry, diskSize int64) (
 		}
 		e.extra = b[24:][:extraLen:extraLen]
 		e.name = string(b[24+extraLen:][:nameLen])
-		if problem := e.problem(kind, g, diskSize); problem != "" {
-			return nil, corrupt("bitmap %q: %s", e.name, problem)
+		if err := e.check(kind, g, diskSize); err != nil {
+			return nil, fmt.Errorf("bitmap %q: %w", e.name, err)
 		}
 		list = append(list, e)
 		b = b[n:]
@@ -84,32 +84,32 @@ func parseBitmapDirectory(b []byte, count uint32, g *geometry, diskSize int64) (
 	return list, nil
 }
 
-// problem says what is wrong with an entry, "" if nothing is.
-func (e *bitmapEntry) problem(kind uint8, g *geometry, diskSize int64) string {
+// check returns what is wrong with an entry, or of a later program than us.
+func (e *bitmapEntry) check(kind uint8, g *geometry, diskSize int64) error {
 	switch {
 	case len(e.name) == 0 || len(e.name) > maxBitmapName:
-		return fmt.Sprintf("name of %d bytes", len(e.name))
+		return corrupt("name of %d bytes", len(e.name))
 	case e.tableAt == 0 || e.tableAt&uint64(g.clusterSize-1) != 0 || int64(e.tableAt) < 0:
-		return fmt.Sprintf("table offset %#x is invalid", e.tableAt)
+		return corrupt("table offset %#x is invalid", e.tableAt)
 	case e.tableSize == 0 || e.tableSize > maxBitmapTable:
-		return fmt.Sprintf("table of %d entries", e.tableSize)
+		return corrupt("table of %d entries", e.tableSize)
 	case e.granularity < minGranularityBits || e.granularity > maxGranularityBits:
-		return fmt.Sprintf("granularity 2^%d", e.granularity)
+		return corrupt("granularity 2^%d", e.granularity)
 	case e.flags&^(bitmapInUse|bitmapAuto) != 0:
-		return fmt.Sprintf("unknown flags %#x", e.flags)
+		return unsupported("unknown flags %#x", e.flags)
 	case kind != 1:
-		return fmt.Sprintf("unknown type %d", kind)
+		return unsupported("unknown type %d", kind)
 	case len(e.extra) != 0:
-		return "unknown extra data"
+		return unsupported("unknown extra data")
 	case int64(e.tableSize) > maxBitmapSize>>g.clusterBits:
-		return fmt.Sprintf("%d clusters of bits are too many", e.tableSize)
+		return corrupt("%d clusters of bits are too many", e.tableSize)
 	}
 	// A bitmap that is in use may not have been resized with the disk yet.
 	bytes := (((diskSize-1)>>e.granularity + 1) + 7) / 8
 	if diskSize > 0 && e.flags&bitmapInUse == 0 && g.clusters(bytes) != int64(e.tableSize) {
-		return fmt.Sprintf("table of %d entries does not fit the size of the disk", e.tableSize)
+		return corrupt("table of %d entries does not fit the size of the disk", e.tableSize)
 	}
-	return ""
+	return nil
 }
 
 // readBitmaps reads the directory. The bits are read when they are asked for.

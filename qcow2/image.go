@@ -88,18 +88,7 @@ func open(ctx context.Context, s storage.Store, opt image.Options, hooks *hooks)
 		}
 		o.strictCache()
 	}
-	if !opt.ReadOnly && h.incompatible&incompatDirty != 0 {
-		if h, err = repairDirty(ctx, s, h, opt.Warn); err != nil {
-			return nil, err
-		}
-	}
-	im := &Image{header: h, opt: o}
-	f := &files{geo: newGeometry(h), store: s}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, f.closeRefs())
-		}
-	}()
+	im := &Image{opt: o}
 	if im.snapshots, err = readSnapshots(s, h); err != nil {
 		return nil, fmt.Errorf("Could not read snapshots: %w", err) // QEMU's words
 	}
@@ -111,6 +100,23 @@ func open(ctx context.Context, s storage.Store, opt image.Options, hooks *hooks)
 			return nil, err
 		}
 	}
+	if !opt.ReadOnly && h.incompatible&incompatDirty != 0 {
+		// A repair gives up bitmaps that make no sense; nobody asked for one, and
+		// those have been refused above.
+		if h, err = repairDirty(ctx, s, h, opt.Warn); err != nil {
+			return nil, err
+		}
+		if im.snapshots, err = readSnapshots(s, h); err != nil {
+			return nil, fmt.Errorf("Could not read snapshots: %w", err)
+		}
+	}
+	im.header = h
+	f := &files{geo: newGeometry(h), store: s}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, f.closeRefs())
+		}
+	}()
 	if f.data, err = openDataFile(ctx, h, s, &opt, &o); err != nil {
 		return nil, err
 	}

@@ -423,6 +423,48 @@ func TestRepairBitmaps(t *testing.T) {
 	qemu.Check(t, file)
 }
 
+// TestBitmapsOfLaterPrograms: bitmaps that we do not understand are not given
+// up, neither when an image that was not closed properly is opened, nor by a
+// repair that was asked for.
+func TestBitmapsOfLaterPrograms(t *testing.T) {
+	qemu.Require(t, "qemu-img", "qemu-io")
+	base := repairBase(t)
+	for name, tt := range map[string]struct {
+		change func(e *editor, entry int64)
+		given  bool // up, if that is asked for
+	}{
+		"flags":      {func(e *editor, entry int64) { e.xor(entry+8, 4) }, false},
+		"type":       {func(e *editor, entry int64) { e.xor(entry+16, 2<<56) }, false},
+		"extra data": {func(e *editor, entry int64) { e.xor(entry+16, 4); copy(e.b[entry+24:], "morefine") }, false},
+		"no sense":   {func(e *editor, entry int64) { e.put(entry, 512) }, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := damaged(t, base, func(e *editor) {
+				x, err := e.h.bitmapsExtension()
+				if err != nil {
+					t.Fatal(err)
+				}
+				e.xor(72, uint64(incompatDirty))
+				tt.change(e, int64(x.offset))
+			})
+			mem := storagetest.MemOf(b)
+			if im, err := Open(t.Context(), shared{mem}, image.Options{}); err == nil {
+				t.Errorf("opened with the bitmaps %+v: %v", im.Bitmaps(), im.Close())
+			}
+			if !bytes.Equal(mem.Bytes(), b) {
+				t.Error("opening changed the image")
+			}
+			_, findings, err := repairStore(mem, image.RepairAll)
+			if given := err == nil; given != tt.given {
+				t.Errorf("given up: %v, %v, %q", given, err, findings)
+			}
+			if !tt.given && !bytes.Equal(mem.Bytes(), b) {
+				t.Error("the repair changed the image")
+			}
+		})
+	}
+}
+
 // TestRepairBits: the corrupt bit keeps writers out until a repair.
 func TestRepairBits(t *testing.T) {
 	qemu.Require(t, "qemu-img", "qemu-io")
