@@ -101,6 +101,11 @@ func open(ctx context.Context, s storage.Store, opt image.Options, hooks *hooks)
 		}
 	}
 	if !opt.ReadOnly && h.incompatible&incompatDirty != 0 {
+		if opt.Untrusted {
+			if err := checkStrictDirty(s, h, im.snapshots); err != nil {
+				return nil, err
+			}
+		}
 		// A repair gives up bitmaps that make no sense; nobody asked for one, and
 		// those have been refused above.
 		if h, err = repairDirty(ctx, s, h, opt.Warn); err != nil {

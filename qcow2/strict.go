@@ -1,6 +1,12 @@
 package qcow2
 
-import "github.com/imgnbd/imgnbd/image"
+import (
+	"encoding/binary"
+	"fmt"
+
+	"github.com/imgnbd/imgnbd/image"
+	"github.com/imgnbd/imgnbd/storage"
+)
 
 // What an image may have that nobody vouches for, see Options.Untrusted of
 // package image: enough for disks of 256 TiB with clusters of 64 KiB, and so
@@ -13,6 +19,7 @@ const (
 	strictBitmapTable = 1 << 16  // entries
 	strictRecording   = 64 << 20 // bytes of bits of all bitmaps that record writes
 	strictL2Cache     = 8 << 20  // bytes, unless the user says otherwise
+	strictDirtyTables = 1 << 30  // bytes of L2 tables that are checked on opening, see checkStrictDirty
 )
 
 // checkStrict returns why an image is too much for one that nobody vouches
@@ -58,6 +65,39 @@ func checkStrictTables(snapshots []snapshot, bitmaps []bitmap) error {
 		}
 	}
 	return nil
+}
+
+// checkStrictDirty is checkStrict for an image that was not closed properly. It
+// is checked before it is written to, which reads an L2 table as often as an
+// entry of an L1 table leads to it: with few tables it may keep us busy for
+// hours.
+func checkStrictDirty(s storage.Store, h *header, snapshots []snapshot) error {
+	tables := int64(0)
+	count := func(at, entries int64) error {
+		b := make([]byte, entries*8)
+		if err := readZeroPadded(s, b, at); err != nil {
+			return fmt.Errorf("L1 table at %#x: %w", at, err)
+		}
+		for ; len(b) > 0; b = b[8:] {
+			if binary.BigEndian.Uint64(b) != 0 {
+				tables++
+			}
+		}
+		return nil
+	}
+	err := count(int64(h.l1Offset), int64(h.l1Size))
+	for i := range snapshots {
+		if err == nil {
+			err = count(int64(snapshots[i].l1At), int64(snapshots[i].l1Size))
+		}
+	}
+	if most := int64(strictDirtyTables >> h.clusterBits); err == nil && tables > most {
+		err = &image.Hint{
+			Err:    unsupported("The image was not closed properly, and has %d L2 tables to check, an untrusted one may have %d", tables, most),
+			Advice: "check it with imgnbd check -r all, which may take long",
+		}
+	}
+	return err
 }
 
 // recordingRoom returns how many bytes of bits may be kept in memory.

@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"bytes"
 	"errors"
 	"strings"
 	"testing"
@@ -103,5 +104,63 @@ func TestStrict(t *testing.T) {
 	o = Options{L2CacheSize: -1, CacheSize: 64 << 20}
 	if o.strictCache(); o.l2Budget() != 64<<20 {
 		t.Error("the user's word does not count")
+	}
+}
+
+// An untrusted image that was not closed properly is checked when it is opened
+// for writing, but not for long, and not if it is too much as it is.
+func TestStrictDirty(t *testing.T) {
+	for _, tt := range []struct {
+		name              string
+		active, snapshots int // entries that lead to the same L2 table
+		want              string
+	}{
+		{"most", strictDirtyTables>>16 - 1000, 1000, ""},
+		{"active", strictDirtyTables>>16 + 1, 0, "16385 L2 tables to check, an untrusted one may have 16384"},
+		{"snapshots", 5000, strictDirtyTables>>16 - 4999, "16385 L2 tables to check, an untrusted one may have 16384"},
+		{"strict", 1, strictL1Size/8 + 1, "The L1 table of snapshot"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			open := func(untrusted bool) (changed bool, err error) {
+				x := build(16, 1<<20)
+				x.h.incompatible |= incompatDirty
+				l2 := x.l2(0) &^ (x.cs - 1)
+				tables := func(n int) uint64 {
+					at := x.alloc((int64(n)*8-1)>>16 + 1)
+					for i := range int64(n) {
+						x.put(at+i*8, uint64(l2))
+					}
+					return uint64(at)
+				}
+				x.h.l1Size, x.h.l1Offset = uint32(tt.active), tables(tt.active)
+				if tt.snapshots > 0 {
+					l1At, at := tables(tt.snapshots), x.alloc(1)
+					x.h.snapshotCount, x.h.snapshotOffset = 1, uint64(at)
+					x.put(at, l1At)
+					x.put(at+8, uint64(tt.snapshots)<<32|1<<16)
+					copy(x.b[at+snapshotFixed:], "1")
+				}
+				b := x.bytes()
+				mem := storagetest.MemOf(b)
+				im, err := Open(t.Context(), shared{mem}, image.Options{Name: "mem", Untrusted: untrusted})
+				if err == nil {
+					im.Close()
+				}
+				return !bytes.Equal(mem.Bytes(), b), err
+			}
+			said := func(err error) bool {
+				return err != nil && strings.Contains(err.Error(), "untrusted")
+			}
+			changed, err := open(true)
+			if said(err) != (tt.want != "") || tt.want != "" && !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("%v, want %q", err, tt.want)
+			}
+			if changed != (tt.want == "") {
+				t.Errorf("changed: %v", changed)
+			}
+			if _, err := open(false); said(err) {
+				t.Errorf("trusted: %v", err)
+			}
+		})
 	}
 }
