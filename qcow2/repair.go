@@ -472,9 +472,10 @@ func (c *checker) mendSnapshots() (bool, error) {
 	if c.h.version < 3 || !slices.ContainsFunc(c.snapshots, incomplete) {
 		return false, nil
 	}
+	whole := slices.Clone(c.snapshots)
 	var b []byte
-	for i := range c.snapshots {
-		sn := &c.snapshots[i]
+	for i := range whole {
+		sn := &whole[i]
 		for k := len(sn.extra); k < snapshotExtra; k = len(sn.extra) {
 			v := uint64(sn.VMStateSize)
 			if k >= 8 {
@@ -483,6 +484,9 @@ func (c *checker) mendSnapshots() (bool, error) {
 			sn.extra = binary.BigEndian.AppendUint64(sn.extra[:k&^7:k&^7], v)
 		}
 		b = sn.append(b)
+	}
+	if len(b) > maxSnapshotTable {
+		return false, nil // nobody could read it
 	}
 	first, err := c.alloc(c.g.clusters(int64(len(b))))
 	if err != nil {
@@ -494,6 +498,7 @@ func (c *checker) mendSnapshots() (bool, error) {
 	if err := c.mark(); err != nil {
 		return false, err
 	}
+	c.snapshots = whole
 	c.h.snapshotOffset = uint64(first) << c.g.clusterBits
 	return true, c.switchHeader(60, 12)
 }

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -379,6 +380,32 @@ func TestRepairSnapshotTable(t *testing.T) {
 	}
 	checkRepaired(t, file, before)
 	qemu.Check(t, file)
+}
+
+// TestRepairSnapshotTableTooLarge: a table that with what it lacks would be too
+// large to be read stays as it is.
+func TestRepairSnapshotTableTooLarge(t *testing.T) {
+	x := build(16, 1<<20)
+	sn := snapshot{l1At: x.h.l1Offset, l1Size: x.h.l1Size}
+	const each = 128 << 10
+	sn.ID = strings.Repeat("i", math.MaxUint16)
+	sn.Name = strings.Repeat("n", each-snapshotFixed-len(sn.ID))
+	table := bytes.Repeat(sn.append(nil), maxSnapshotTable/each)
+	x.h.snapshotCount = maxSnapshotTable / each
+	x.h.snapshotOffset = uint64(x.alloc(maxSnapshotTable >> 16))
+	copy(x.b[x.h.snapshotOffset:], table)
+	mem := storagetest.MemOf(x.bytes())
+	if res, findings, err := repairStore(mem, image.RepairAll); err != nil || res.Corruptions < int64(x.h.snapshotCount) {
+		t.Fatal(res, len(findings), err)
+	}
+	im, err := Open(t.Context(), mem, image.Options{ReadOnly: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := len(im.Snapshots()); n != int(x.h.snapshotCount) {
+		t.Errorf("%d snapshots instead of %d", n, x.h.snapshotCount)
+	}
+	im.Close()
 }
 
 func readTestSnapshots(t testing.TB, e *editor) []snapshot {
