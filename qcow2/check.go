@@ -85,12 +85,28 @@ func check(ctx context.Context, s storage.Store, opt image.Options, what image.C
 	if err == nil {
 		err = h.check(p)
 	}
+	if err == nil && what.Repair != image.RepairNothing && h.autoclear&autoclearSeal != 0 {
+		err = unseal(s, h, opt)
+	}
 	if err != nil {
 		return image.CheckResult{}, image.Wrap("open", opt.Name, err)
 	}
 	c := newChecker(ctx, s, h, what)
 	err = c.check()
 	return c.res, image.Wrap("check", opt.Name, err)
+}
+
+// unseal breaks the seal of an image before it is repaired, so that no journal
+// fits afterwards. Whether there is one somewhere nobody can tell.
+func unseal(s storage.Store, h *header, opt image.Options) error {
+	if opt.Warn != nil {
+		opt.Warn(fmt.Sprintf("%s was not closed, and no journal of it is found: if only the process that wrote to it died, writes that it acknowledged may be in a journal in another directory, and are given up by the repair", opt.Name))
+	}
+	if err := setAutoclear(s, ^autoclearSeal, 0); err != nil {
+		return err
+	}
+	h.autoclear &^= autoclearSeal
+	return nil
 }
 
 // Check verifies the structure of the image without changing it. It takes one

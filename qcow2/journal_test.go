@@ -212,6 +212,28 @@ func TestSeal(t *testing.T) {
 	}
 }
 
+// The repair of an image that was not closed says what it gives up, and a journal
+// that turns up later does not fit any more.
+func TestRepairSealed(t *testing.T) {
+	killed, left := abandonedJournal(t)
+	for _, repair := range []image.Repair{image.RepairNothing, image.RepairLeaks, image.RepairAll} {
+		s, warnings := recorded(killed), 0
+		opt := image.Options{Name: "disk", Warn: func(string) { warnings++ }}
+		for range 2 { // the second finds no seal
+			if res, err := check(t.Context(), s, opt, image.CheckOptions{Repair: repair}); err != nil || res.Corruptions+res.CheckErrors > 0 {
+				t.Errorf("repair %d: %+v, %v", repair, res, err)
+			}
+		}
+		im, err := Open(t.Context(), s, image.Options{Journal: bytes.Clone(left)})
+		if repaired := repair != image.RepairNothing; errors.Is(err, image.ErrJournal) != repaired || (warnings == 1) != repaired {
+			t.Errorf("repair %d: %d warnings, and then the journal: %v", repair, warnings, err)
+		}
+		if err == nil {
+			im.Close()
+		}
+	}
+}
+
 // What a journal may become is not touched before it has grown, and records of
 // before are found afterwards. Where it cannot grow, commits make room.
 func TestJournalGrows(t *testing.T) {

@@ -12,6 +12,7 @@ import (
 	"syscall"
 
 	"github.com/imgnbd/imgnbd/image"
+	"github.com/imgnbd/imgnbd/storage"
 )
 
 // A writer is the writing half of a disk. A request changes the mapping in
@@ -154,7 +155,7 @@ func (w *writer) clearFeatures() error {
 	if w.header.autoclear&^known == 0 {
 		return nil
 	}
-	if err := w.setAutoclear(known, 0); err != nil {
+	if err := setAutoclear(w.store, known, 0); err != nil {
 		return err
 	}
 	return w.store.Sync()
@@ -183,7 +184,7 @@ func (w *writer) firstChange() error {
 	// A seal is to outlive the process, as the journal does, and not the
 	// machine: it needs no sync.
 	if w.seal != w.header.autoclear&autoclearSeal {
-		if err := w.setAutoclear(^autoclearSeal, w.seal); err != nil {
+		if err := setAutoclear(w.store, ^autoclearSeal, w.seal); err != nil {
 			return err
 		}
 	}
@@ -195,14 +196,14 @@ func (w *writer) firstChange() error {
 }
 
 // setAutoclear keeps some autoclear bits as they are, and sets the others.
-func (w *writer) setAutoclear(keep, others autoclear) error {
+func setAutoclear(s storage.Store, keep, others autoclear) error {
 	var b [8]byte
-	if _, err := w.store.ReadAt(b[:], 88); err != nil {
+	if _, err := s.ReadAt(b[:], 88); err != nil {
 		return fmt.Errorf("header: %w", err)
 	}
 	v := autoclear(binary.BigEndian.Uint64(b[:]))&keep | others
 	binary.BigEndian.PutUint64(b[:], uint64(v))
-	if err := w.store.WriteAt(b[:], 88, 0); err != nil {
+	if err := s.WriteAt(b[:], 88, 0); err != nil {
 		return fmt.Errorf("header: %w", err)
 	}
 	return nil
@@ -403,7 +404,7 @@ func (w *writer) close() error {
 	if w.journal != nil {
 		w.journal.void() // with or without bitmaps
 		if w.marks && w.seal != 0 {
-			err = errors.Join(err, w.setAutoclear(^autoclearSeal, 0))
+			err = errors.Join(err, setAutoclear(w.store, ^autoclearSeal, 0))
 		}
 	}
 	return err

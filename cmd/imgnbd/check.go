@@ -32,6 +32,13 @@ func checkCommand() *command {
 	o.addForceShare(c.flags)
 	o.addBacking(c.flags)
 	var repair image.Repair
+	var journal journalMode
+	value(c.flags, "journal", "", func(s string) error {
+		if s == "on" || s == "off" {
+			return errors.New("--journal of check is a directory")
+		}
+		return journal.set(s)
+	})
 	value(c.flags, "repair", "r", func(s string) error {
 		switch s {
 		case "leaks":
@@ -56,6 +63,9 @@ func checkCommand() *command {
 			return t.failed(says("force-share=on can only be used with read-only images"))
 		}
 		chain := o.chain(u)
+		if journal.dir != "" {
+			chain.Journals = journal.journals(u, true)
+		}
 		what := image.CheckOptions{
 			Repair: repair,
 			// To qemu-img these are no results.
