@@ -301,7 +301,7 @@ func (o nodeOptions) store(src *source, p string) (err error) {
 			return fmt.Errorf("option %q: not a URL of %s", p+"url", driver)
 		}
 	default:
-		return fmt.Errorf("option %q: %q is not one of file, host_device, http, https: an image is one format over one file", p+"driver", driver)
+		return fmt.Errorf("option %q: %q is not one of file, host_device: an image is one format over one file", p+"driver", driver)
 	}
 	if p == "" {
 		return nil

@@ -1,7 +1,7 @@
 package main
 
 import (
-	"fmt"
+	"errors"
 	"net"
 	"os"
 	"strconv"
@@ -73,8 +73,10 @@ func (o *serveOptions) checkActivation(u *ui, n int) error {
 func listenOn(f *os.File) (*place, error) {
 	l, err := net.FileListener(f)
 	f.Close()
-	if err != nil {
-		return nil, fmt.Errorf("the socket passed to this process: %w", err)
+	if errors.Is(err, syscall.ENOTSOCK) {
+		return nil, says("Failed to use socket activation: Unable to query remote socket address: %s", strerror(err))
+	} else if err != nil {
+		return nil, says("Failed to use socket activation: %s", strerror(err))
 	}
 	p := &place{listeners: []net.Listener{l}, uri: nbd.URI{Network: "tcp", Address: l.Addr().String()}}
 	if a, ok := l.Addr().(*net.UnixAddr); ok {

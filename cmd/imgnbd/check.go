@@ -62,6 +62,7 @@ func checkCommand() *command {
 		if repair != image.RepairNothing && o.forceShare {
 			return t.failed(says("force-share=on can only be used with read-only images"))
 		}
+		t.share = t.share && repair == image.RepairNothing
 		chain := o.chain(u)
 		if journal.dir != "" {
 			chain.Journals = journal.journals(u, true)

@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -89,6 +91,7 @@ func dispatch(u *ui, args []string) error {
 	} else {
 		args = args[1:]
 	}
+	u.command = c.name
 	operands, err := scan(c.flags, args)
 	switch {
 	case errors.Is(err, errHelp):
@@ -98,9 +101,23 @@ func dispatch(u *ui, args []string) error {
 		return nil
 	case err != nil:
 		return err
+	case c.name == "" && !u.compat() && len(operands) > 1 && operands[0] == args[0] && likeCommand(args[0]):
+		return usageError("there is no command '%s'", args[0])
 	}
 	return c.run(u, operands)
 }
+
+// likeCommand reports whether a word was perhaps meant for a command: there is no
+// such file.
+func likeCommand(word string) bool {
+	if !commandWord.MatchString(word) {
+		return false
+	}
+	_, err := os.Lstat(word)
+	return errors.Is(err, fs.ErrNotExist)
+}
+
+var commandWord = regexp.MustCompile(`^[a-z]+$`)
 
 // usageError is a mistake in a sub-command's operands.
 func usageError(format string, args ...any) error {

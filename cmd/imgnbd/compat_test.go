@@ -265,6 +265,19 @@ func TestDifferences(t *testing.T) {
 	if !strings.Contains(o.Stderr, "No such file or directory\nimgnbd: hint: imgnbd help lists") {
 		t.Error(o.Stderr)
 	}
+	for _, args := range []string{"./inof", "inof.raw", "file:inof", t.TempDir() + "/inof", "--image-opts file.filename=inof"} {
+		o := ours(append([]string{"imgnbd", "-r", "-k", t.TempDir() + "/s"}, strings.Fields(args)...)...)
+		if o.Code != 1 || strings.Contains(o.Stderr, "help") {
+			t.Errorf("%s: %+v", args, o)
+		}
+	}
+	if o := ours("imgnbd", "convert", "disk.raw", "new"); o.Code != 1 || o.Stderr != "imgnbd: there is no command 'convert'\nTry `imgnbd --help' for more information.\n" {
+		t.Errorf("%+v", o)
+	}
+	// A command's own help has its options.
+	if o := ours("imgnbd", "info", "--foo"); o.Code != 1 || !strings.HasSuffix(o.Stderr, "Try `imgnbd info --help' for more information.\n") {
+		t.Errorf("%+v", o)
+	}
 	// It opens character devices.
 	o = ours("imgnbd", "-r", "-k", t.TempDir()+"/s", "/dev/null")
 	if o.Code != 1 || !strings.Contains(o.Stderr, "is a character device") {

@@ -38,10 +38,13 @@ func (c *connectOptions) check(o *serveOptions) error {
 	case c.disconnect:
 		name = "disconnect"
 	case c.device == "":
-		for _, only := range []string{"connections", "block-size", "max-part", "timeout", "dead-timeout", "replace", "swap", "force"} {
+		for _, only := range []string{"connections", "block-size", "max-part", "timeout", "dead-timeout", "replace", "swap"} {
 			if o.flags.Changed(only) {
-				return fmt.Errorf("--%s goes with --connect or --disconnect", only)
+				return fmt.Errorf("--%s goes with --connect", only)
 			}
+		}
+		if c.force {
+			return errors.New("--force goes with --disconnect")
 		}
 		return nil
 	}

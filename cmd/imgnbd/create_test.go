@@ -17,7 +17,7 @@ import (
 )
 
 var (
-	usageLine = regexp.MustCompile("(?m)^.*Try [`']imgnbd --help' for more information.?\n|^.*Try 'qemu-img --help' for more information\n")
+	usageLine = regexp.MustCompile("(?m)^.*Try [`']imgnbd( create)? --help' for more information.?\n|^.*Try 'qemu-img --help' for more information\n")
 	noNewline = regexp.MustCompile(`(Detected format of \w+\.)$`)
 )
 

@@ -22,6 +22,7 @@ type imageOptions struct {
 	format     string
 	imageOpts  bool
 	forceShare bool
+	canShare   bool // forceShare is an option of the command
 	backing    string
 	backingDir string
 	untrusted  bool // of serving: the image names nothing, says no format, and is held to strict limits
@@ -36,6 +37,7 @@ func (o *imageOptions) addImageOpts(fs *pflag.FlagSet) {
 }
 
 func (o *imageOptions) addForceShare(fs *pflag.FlagSet) {
+	o.canShare = true
 	fs.BoolVarP(&o.forceShare, "force-share", "U", false, "")
 }
 
@@ -83,12 +85,13 @@ type target struct {
 	name  string // as the chain takes it
 	shown string // as messages show its file
 	words string // what an error of opening it begins with
+	share bool   // --force-share would do
 	opt   image.OpenOptions
 }
 
 // target makes sense of the operand that names the image.
 func (o *imageOptions) target(operand string, changed bool, words string) (*target, error) {
-	t := &target{given: operand, name: operand, shown: operand, words: words}
+	t := &target{given: operand, name: operand, shown: operand, words: words, share: o.canShare}
 	t.opt.Format = o.format
 	t.opt.NoLock = o.forceShare
 	driver, given := o.format, changed
@@ -150,7 +153,11 @@ func (t *target) open(ctx context.Context, c *image.Chain) (image.Device, error)
 
 // failed is the error of opening the image.
 func (t *target) failed(err error) error {
-	return &worded{fmt.Sprintf("%s '%s': %s", t.words, t.given, t.why(err)), err}
+	failed := error(&worded{fmt.Sprintf("%s '%s': %s", t.words, t.given, t.why(err)), err})
+	if t.share && errors.Is(err, image.ErrInUse) {
+		failed = hinted(failed, "-U looks all the same; what another process is writing may be seen half-way")
+	}
+	return failed
 }
 
 // wordsOfFormats are errors that formats tell in QEMU's words, which name no

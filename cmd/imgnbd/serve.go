@@ -135,7 +135,7 @@ func (o *serveOptions) open(ctx context.Context, u *ui, file string) (image.Devi
 	}
 	dev, err := t.open(ctx, chain)
 	if err != nil {
-		if _, statErr := os.Stat(file); errors.Is(err, fs.ErrNotExist) && errors.Is(statErr, fs.ErrNotExist) && !u.compat() {
+		if errors.Is(err, fs.ErrNotExist) && !o.images.imageOpts && !u.compat() && likeCommand(file) {
 			err = hinted(err, "imgnbd help lists what else this program does")
 		}
 		return nil, err

@@ -27,6 +27,7 @@ type ui struct {
 	called         string // argv[0]
 	marked         bool   // it began with "@", by which systemd knows what to spare when it leaves an initrd
 	name           string // its last element
+	command        string // the sub-command that runs, "" for the bare one
 	stdin          io.Reader
 	stdout, stderr io.Writer
 	alone          bool // the process is this program's, and may be confined
@@ -117,7 +118,8 @@ func (u *ui) fail(err error) int {
 		}
 	}
 	if e, ok := errors.AsType[*usage](err); ok {
-		try := "Try `" + u.called + " --help' for more information.\n"
+		help := strings.TrimSuffix(u.called+" "+u.command, " ")
+		try := "Try `" + help + " --help' for more information.\n"
 		if e.getopt {
 			io.WriteString(u.stderr, u.called+": "+e.text+"\n"+u.name+": "+try)
 		} else {
