@@ -51,6 +51,9 @@ func parseName(name string) (source, error) {
 	if proto == "file" {
 		// Not percent-encoded: what follows is the path, as in QEMU.
 		u, err := fileURL(rest)
+		if _, _, ok := cutProtocol(rest); ok {
+			rest = "./" + rest // still a path where the name is used again
+		}
 		return source{name: rest, url: u}, err
 	}
 	u, err := url.Parse(name)

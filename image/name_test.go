@@ -26,7 +26,7 @@ func TestParseName(t *testing.T) {
 		{"/a/../link/..//x", "/a/../link/..//x", "", "", nil}, // as the kernel takes it
 		{"with space%20", wd + "/with space%20", "", "", nil},
 		{"file:disk.img", wd + "/disk.img", "disk.img", "", nil},
-		{"file:a:b", wd + "/a:b", "a:b", "", nil},
+		{"file:a:b", wd + "/a:b", "./a:b", "", nil},
 		{"file:///a/b%20c", "///a/b%20c", "///a/b%20c", "", nil}, // not decoded, as in QEMU
 		{"http://h/x?y=1", "http://h/x?y=1", "", "", nil},
 		{"nbd:localhost:10809", "nbd:localhost:10809", "", "", nil},
