@@ -139,7 +139,9 @@ func (c *Chain) format(name string) (*Format, error) {
 	}
 	var known []string
 	for _, f := range c.Formats {
-		known = append(known, f.Name)
+		if !f.NameOnly {
+			known = append(known, f.Name)
+		}
 	}
 	return nil, &Hint{
 		Err:    fmt.Errorf("Unknown driver '%s'", name), // QEMU's words

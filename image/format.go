@@ -12,6 +12,10 @@ import (
 type Format struct {
 	Name string
 
+	// NameOnly is set if images of the format are only recognised, to be refused
+	// by their name.
+	NameOnly bool
+
 	// Probe recognises the format by at most 64 KiB at either end of the
 	// store; what it cannot read it does not recognise (see Recognises). nil: the
 	// format is never guessed.

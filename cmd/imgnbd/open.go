@@ -128,10 +128,13 @@ func (o *imageOptions) target(operand string, changed bool, words string) (*targ
 	return t, nil
 }
 
+// formatNames lists those that can be read.
 func formatNames(formats []image.Format) string {
 	var names []string
 	for _, f := range formats {
-		names = append(names, f.Name)
+		if !f.NameOnly {
+			names = append(names, f.Name)
+		}
 	}
 	return strings.Join(names, ", ")
 }

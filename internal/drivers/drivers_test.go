@@ -97,6 +97,10 @@ func TestForeign(t *testing.T) {
 // What somebody takes for a format that it is not in is not said to be in it.
 func TestForeignMistaken(t *testing.T) {
 	path := qemu.Create(t, "qcow2", "", "10M")
+	_, err := chain().Open(t.Context(), path, image.OpenOptions{Format: "none", ReadOnly: true})
+	if hint, ok := errors.AsType[*image.Hint](err); !ok || hint.Advice != "formats: qcow2, asif, raw" {
+		t.Errorf("a format that is none: %v", err)
+	}
 	for _, f := range drivers.Formats() {
 		if f.Name == "qcow2" || f.Name == "raw" {
 			continue

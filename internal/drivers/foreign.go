@@ -50,8 +50,9 @@ func other(name, what string, probe func(io.ReaderAt) bool, sizes ...func(io.Rea
 		}
 	}
 	f := image.Format{
-		Name:  name,
-		Probe: func(r io.ReaderAt, _ int64) bool { return probe(r) },
+		Name:     name,
+		NameOnly: true,
+		Probe:    func(r io.ReaderAt, _ int64) bool { return probe(r) },
 	}
 	confirm := func(s storage.Store) error {
 		size, err := s.Size()
