@@ -154,6 +154,29 @@ func TestCheckDifferences(t *testing.T) {
 	}
 }
 
+// What else docs/compat.md has of info, check and create.
+func TestOtherWords(t *testing.T) {
+	workplace(t)
+	for args, want := range map[string]string{
+		"info json:{a":                          "imgnbd: Could not open 'json:{a': Could not parse the JSON options: ",
+		"--object {a disk.raw":                  "imgnbd: JSON parse error, ",
+		"info --object secret,id=s disk.qcow2":  "imgnbd: unrecognized option '--object'\n",
+		"check --object secret,id=s disk.qcow2": "imgnbd: unrecognized option '--object'\n",
+		"check -T none disk.qcow2":              "imgnbd: invalid option -- 'T'\n",
+		"create --object secret,id=s c 1M":      "imgnbd: unrecognized option '--object'\n",
+		"create c:d 1M":                         "imgnbd: c:d: ",
+	} {
+		o := ours(append([]string{"imgnbd"}, strings.Fields(args)...)...)
+		if o.Code != 1 || !strings.HasPrefix(o.Stderr, want) {
+			t.Errorf("%s: %+v", args, o)
+		}
+	}
+	qemu.Img(t, "create", "-q", "-f", "parallels", "disk.hdd", "4M")
+	if o := ours("imgnbd", "info", "--output=json", "disk.hdd"); o.Code != 0 || !strings.Contains(o.Stdout, `"dirty-flag": false`) {
+		t.Errorf("%+v", o)
+	}
+}
+
 // What is in an image that no version of this program can open is shown all
 // the same: here a feature that nobody knows.
 func TestInfoOfWhatCannotBeServed(t *testing.T) {
