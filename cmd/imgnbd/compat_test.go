@@ -271,8 +271,11 @@ func TestDifferences(t *testing.T) {
 			t.Errorf("%s: %+v", args, o)
 		}
 	}
-	if o := ours("imgnbd", "convert", "disk.raw", "new"); o.Code != 1 || o.Stderr != "imgnbd: there is no command 'convert'\nTry `imgnbd --help' for more information.\n" {
-		t.Errorf("%+v", o)
+	for _, args := range []string{"convert disk.raw new", "help convert"} {
+		o := ours(append([]string{"imgnbd"}, strings.Fields(args)...)...)
+		if o.Code != 1 || o.Stderr != "imgnbd: there is no command 'convert'\nTry `imgnbd --help' for more information.\n" {
+			t.Errorf("%s: %+v", args, o)
+		}
 	}
 	// A command's own help has its options.
 	if o := ours("imgnbd", "info", "--foo"); o.Code != 1 || !strings.HasSuffix(o.Stderr, "Try `imgnbd info --help' for more information.\n") {

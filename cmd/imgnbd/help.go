@@ -46,6 +46,7 @@ func helpCommand() *command {
 			return err
 		}
 		if synopsis(name) == "" || findCommand(name) == nil {
+			u.command = "" // whose help lists those there are
 			return usageError("there is no command '%s'", name)
 		}
 		return u.help(name)
