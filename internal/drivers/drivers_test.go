@@ -121,6 +121,20 @@ func TestForeignMistaken(t *testing.T) {
 	}
 }
 
+// A VHD of fixed size is one to who says so, and to nobody else.
+func TestFixedVHD(t *testing.T) {
+	path := qemu.Create(t, "vpc", "subformat=fixed", "10M")
+	if in, err := chain().Inspect(t.Context(), path, image.OpenOptions{Format: "vpc"}); err != nil || in.Format != "vpc" {
+		t.Errorf("inspected as %+v, %v", in, err)
+	}
+	if d, err := chain().Open(t.Context(), path, image.OpenOptions{Format: "vpc", ReadOnly: true}); !errors.Is(err, errors.ErrUnsupported) {
+		t.Errorf("opened: %v, %v", d, err)
+	}
+	if in, err := chain().Inspect(t.Context(), path, image.OpenOptions{}); err != nil || in.Format != "raw" {
+		t.Errorf("without a format: %+v, %v", in, err)
+	}
+}
+
 func TestMagic(t *testing.T) {
 	for text, want := range map[string]string{
 		"LUKS\xba\xbe\x00\x01":    "luks",

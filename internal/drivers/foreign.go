@@ -60,6 +60,9 @@ func other(name, what string, probe func(io.ReaderAt) bool, sizes ...func(io.Rea
 			return err
 		}
 		yes, err := f.Recognises(s, size)
+		if err == nil && !yes && name == "vpc" {
+			yes, err = fixedVHD(s, size)
+		}
 		if err == nil && !yes {
 			err = image.ErrWrongFormat
 		}
@@ -82,6 +85,18 @@ func other(name, what string, probe func(io.ReaderAt) bool, sizes ...func(io.Rea
 		return in, nil
 	}
 	return f
+}
+
+// fixedVHD knows a VHD of fixed size, which is a raw disk and a footer. It is not
+// recognised, as it is not by QEMU: a guest could write the footer.
+func fixedVHD(r io.ReaderAt, size int64) (bool, error) {
+	const footer = 512
+	if size < footer {
+		return false, nil
+	}
+	b := make([]byte, 8)
+	_, err := r.ReadAt(b, size-footer)
+	return string(b) == "conectix", err
 }
 
 // sizeAt returns what reads the size of the disk in bytes, -1 if it cannot be.
