@@ -167,16 +167,25 @@ func (a *Attachment) HandOver(s *Successor, conns []Handed, locks []HeldLock, be
 
 // Keep goes on with a device that nobody has taken, with what is noted for
 // whoever takes it over. The image was closed, and may have been replaced: one that
-// is not the same is a *DifferentError. On an error the device waits for another
-// server, as if this one had ended before.
+// is not the same is a *DifferentError. One that has grown is served at the size of
+// the device, as before. On an error the device waits for another server, as if
+// this one had ended before.
 func (a *Attachment) Keep(ctx context.Context, i Identity) error {
 	if err := a.unchanged(a.opt.Image, i); err != nil {
 		return err
 	}
-	c, conns, err := a.look(ctx, max(a.opt.Connections, 1))
+	a.session = nil
+	conns, err := a.negotiate(ctx, max(a.opt.Connections, 1))
 	for _, conn := range conns {
 		conn.Close()
 	}
+	if err != nil {
+		return err
+	}
+	if size := int64(a.Size()); a.session.Size > size {
+		a.opt.Size = size
+	}
+	c, err := a.compare()
 	if err == nil && a.control == nil {
 		err = a.listen()
 	}

@@ -206,6 +206,24 @@ func TestKeepRefused(t *testing.T) {
 	}
 }
 
+// An image may grow while it is served, which a successor refuses. The device has
+// the size that it had, and whoever served it goes on.
+func TestKeepGrown(t *testing.T) {
+	h, _ := newFake(t)
+	peers := []peer{disk, {size: 2 << 20, flags: writable}, {size: 3 << 20, flags: writable}}
+	opt := offer("/dev/nbd1", peers...)
+	opt.Connections = 1
+	a := attach(t, h, opt)
+	for range peers[1:] {
+		if err := a.Keep(limited(t), identity); err != nil {
+			t.Fatal(err)
+		}
+		if s := h.server(1); s.Property("size") != "1048576" {
+			t.Errorf("%+v", s)
+		}
+	}
+}
+
 // A successor without a last word from its predecessor touches nothing.
 func TestHandOverBroken(t *testing.T) {
 	h, _ := newFake(t)

@@ -329,17 +329,23 @@ func (a *Attachment) look(ctx context.Context, connections int) (*config, []net.
 	if err != nil {
 		return nil, conns, err
 	}
+	c, err := a.compare()
+	return c, conns, err
+}
+
+// compare returns what was negotiated, if that is what the device has.
+func (a *Attachment) compare() (*config, error) {
 	c, err := a.opt.config(a.session)
 	if err != nil {
-		return nil, conns, err
+		return nil, err
 	}
 	if err := a.Check(a.opt.Image+a.opt.Server, nil, c.properties()); err != nil {
-		return nil, conns, err
+		return nil, err
 	}
 	if size := a.host.size(a.index); size != c.size { // the kernel's word counts
-		return nil, conns, &DifferentError{a.Path(), a.record.Image + a.record.Server, a.opt.Image + a.opt.Server, "size", fmt.Sprint(size), fmt.Sprint(c.size)}
+		return nil, &DifferentError{a.Path(), a.record.Image + a.record.Server, a.opt.Image + a.opt.Server, "size", fmt.Sprint(size), fmt.Sprint(c.size)}
 	}
-	return c, conns, nil
+	return c, nil
 }
 
 // properties are those that negotiation tells.
