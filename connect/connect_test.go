@@ -317,14 +317,16 @@ func TestBusy(t *testing.T) {
 }
 
 // Where a file system comes from, and where it is, is what whoever mounts it
-// says: in a namespace of his own, or by FUSE, that may be anybody.
+// says: in a namespace of his own, or by FUSE, that may be anybody. Of btrfs it is
+// root.
 func TestHolderByNameAlone(t *testing.T) {
 	h, k := newFake(t)
 	a := attach(t, h, to(Auto, disk))
 	k.file("proc/self/mountinfo", "35 1 0:50 / /home/fuse rw - fuse.any /dev/nbd0 rw\n"+
 		"36 1 43:0 / /mnt rw - ext4 /dev/nbd0 rw\n37 1 0:51 / /btr rw - btrfs /dev/nbd0 rw\n")
-	k.namespace(123, "38 1 0:52 / /tmp/fifo rw - tmpfs /dev/nbd0 rw\n39 1 43:0 / /elsewhere rw - ext4 /dev/nbd0 rw\n")
-	want := []Holder{{"/dev/nbd0", Mounted, "/mnt"}, {"/dev/nbd0", Mounted, "/btr"}, {"/dev/nbd0", Mounted, "/elsewhere"}}
+	k.namespace(123, "38 1 0:52 / /tmp/fifo rw - tmpfs /dev/nbd0 rw\n39 1 43:0 / /elsewhere rw - ext4 /dev/nbd0 rw\n"+
+		"40 1 0:53 / /tmp/up rw - overlay /dev/nbd0 rw\n41 1 0:54 / /tmp/fuse rw - fuseblk /dev/nbd0 rw\n42 1 0:55 / /data rw - btrfs /dev/nbd0 rw\n")
+	want := []Holder{{"/dev/nbd0", Mounted, "/mnt"}, {"/dev/nbd0", Mounted, "/btr"}, {"/dev/nbd0", Mounted, "/elsewhere"}, {"/dev/nbd0", Mounted, "/data"}}
 	if diff := cmp.Diff(want, a.Holders()); diff != "" {
 		t.Error(diff)
 	}

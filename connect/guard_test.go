@@ -193,27 +193,36 @@ func (killed) disconnect(int) error { return nil }
 // With several connections a device that is used is given up, and nothing is
 // left of it.
 func TestReleaseSeveral(t *testing.T) {
-	h, k := newFake(t)
-	multi := peer{size: 1 << 20, flags: writable | nbd.FlagCanMultiConn}
-	k.table = []int{1}
-	a, w := warded(t, h, time.Second, multi, multi)
-	k.file("proc/self/mountinfo", "1 2 43:33 / /mnt rw - ext4 /dev/nbd1p1 rw\n")
-	a.record.f.Close()
-	began := time.Now()
-	if err := h.release(limited(t), w); err != nil {
-		t.Error(err)
-	}
-	if waited := time.Since(began); waited < w.DeadTimeout {
-		t.Errorf("after %v", waited)
-	}
-	if got := k.timeouts(); len(got) > 0 || !slices.Contains(k.logged(), "disconnect 1") {
-		t.Errorf("%q", k.logged())
-	}
-	if p := h.partitions(1); len(p) > 0 {
-		t.Errorf("%q are left", p)
-	}
-	if left, _ := filepath.Glob(h.run + "/*"); len(left) > 0 {
-		t.Errorf("%q are left", left)
+	for name, mounted := range map[string]func(k *fakeKernel){
+		"here": func(k *fakeKernel) { k.file("proc/self/mountinfo", "1 2 43:33 / /mnt rw - ext4 /dev/nbd1p1 rw\n") },
+		"a number of its own, elsewhere": func(k *fakeKernel) {
+			k.namespace(123, "38 1 0:52 / /data rw - btrfs /dev/nbd1p1 rw\n")
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h, k := newFake(t)
+			multi := peer{size: 1 << 20, flags: writable | nbd.FlagCanMultiConn}
+			k.table = []int{1}
+			a, w := warded(t, h, time.Second, multi, multi)
+			mounted(k)
+			a.record.f.Close()
+			began := time.Now()
+			if err := h.release(limited(t), w); err != nil {
+				t.Error(err)
+			}
+			if waited := time.Since(began); waited < w.DeadTimeout {
+				t.Errorf("after %v", waited)
+			}
+			if got := k.timeouts(); len(got) > 0 || !slices.Contains(k.logged(), "disconnect 1") {
+				t.Errorf("%q", k.logged())
+			}
+			if p := h.partitions(1); len(p) > 0 {
+				t.Errorf("%q are left", p)
+			}
+			if left, _ := filepath.Glob(h.run + "/*"); len(left) > 0 {
+				t.Errorf("%q are left", left)
+			}
+		})
 	}
 }
 

@@ -113,20 +113,22 @@ type mount struct {
 	writable              bool   // the file system, however it is seen here
 }
 
-// node returns the one of these nodes that the file system of a mount of this
-// namespace is on. Some kinds have numbers of their own, and only their source to
-// go by. That is root's word here, except for FUSE.
-func (m mount) node(nodes map[string]string) (path string, ok bool) {
+// node returns the one of these nodes that the file system of a mount is on. Some
+// kinds have numbers of their own, and only their source to go by. That is root's
+// word in the namespace of this process, except for FUSE, and elsewhere for kinds
+// that nobody else can mount.
+func (m mount) node(nodes map[string]string, here bool) (path string, ok bool) {
 	if path, ok = nodes[m.number]; ok {
 		return path, true
 	}
-	return m.source, !strings.HasPrefix(m.kind, "fuse") && isNode(nodes, m.source)
+	byRoot := here && !strings.HasPrefix(m.kind, "fuse") || m.kind == "btrfs" || m.kind == "bcachefs"
+	return m.source, byRoot && isNode(nodes, m.source)
 }
 
 // mounts returns the mounts of these nodes in all mount namespaces, those of this
 // process first. Where a mount point is known by the same name in several, it is
-// there once. Of others only numbers count: anybody can have a namespace, and
-// mount in it what he says is from anywhere.
+// there once. Anybody can have a namespace, and mount in it what he says is from
+// anywhere.
 func (h *host) mounts(nodes map[string]string) []Holder {
 	list := h.mountsHere(nodes)
 	seen := map[string]bool{h.mountNamespace("self"): true, "": true}
@@ -137,7 +139,7 @@ func (h *host) mounts(nodes map[string]string) []Holder {
 		}
 		seen[namespace] = true
 		for _, m := range h.mountinfo(process) {
-			path, ok := nodes[m.number]
+			path, ok := m.node(nodes, false)
 			if x := (Holder{path, Mounted, m.point}); ok && !slices.Contains(list, x) {
 				list = append(list, x)
 			}
@@ -150,7 +152,7 @@ func (h *host) mounts(nodes map[string]string) []Holder {
 func (h *host) mountsHere(nodes map[string]string) []Holder {
 	var list []Holder
 	for _, m := range h.mountinfo("self") {
-		path, ok := m.node(nodes)
+		path, ok := m.node(nodes, true)
 		if x := (Holder{path, Mounted, m.point}); ok && !slices.Contains(list, x) {
 			list = append(list, x)
 		}

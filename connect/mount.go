@@ -134,7 +134,7 @@ func (h *host) mountAt(dir string) (m mount, index int, err error) {
 		if err != nil || !strings.HasPrefix(h.backend(index), backendPrefix) {
 			continue
 		}
-		if _, ok := m.node(h.nodes(index)); ok {
+		if _, ok := m.node(h.nodes(index), true); ok {
 			return m, index, nil
 		}
 	}
