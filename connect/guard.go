@@ -47,6 +47,9 @@ func (h *host) release(ctx context.Context, w Ward) error {
 	for end := time.Now().Add(w.DeadTimeout); ; {
 		f, err := h.orphan(ctx, index, w)
 		if errors.Is(err, errUnrecorded) {
+			if h.backend(index) != w.Backend { // it was attached anew meanwhile, and the record is of that
+				return nil
+			}
 			return h.disconnect(index)
 		}
 		if f == nil || err != nil {

@@ -185,6 +185,37 @@ func TestReleaseUnrecorded(t *testing.T) {
 	}
 }
 
+// A device that is detached and attached anew while the guardian looks at it is
+// somebody else's.
+func TestReleaseAttachedAnew(t *testing.T) {
+	h, k := newFake(t)
+	a, w := warded(t, h, 0, disk)
+	backend := filepath.Join(h.sys, "nbd1/backend")
+	if err := errors.Join(os.Remove(backend), syscall.Mkfifo(backend, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	released := releasing(t, h, w)
+	reading, err := os.OpenFile(backend, os.O_WRONLY, 0) // once the guardian reads
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(backend); err != nil {
+		t.Fatal(err)
+	}
+	k.write("nbd1", "backend", "imgnbd:other")
+	a.record.Backend = "imgnbd:other"
+	_, err = reading.WriteString(w.Backend + "\n")
+	if err := errors.Join(a.record.write(), err, reading.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-released; err != nil {
+		t.Error(err)
+	}
+	if log := k.logged(); slices.Contains(log, "disconnect 1") {
+		t.Errorf("%q", log)
+	}
+}
+
 // A killed process disconnects nothing.
 type killed struct{ *fakeKernel }
 
