@@ -39,6 +39,8 @@ var simKinds = []simKind{
 		before: []string{"write -c -P 1 0 64k", "write -c -P 3 96k 8k"}, after: [][]string{{"snapshot", "-c", "one"}}},
 	{name: "growing refcount table", options: "cluster_size=512,refcount_bits=64", size: 3 << 20, hot: 3 << 20, workers: 4, ops: 200, journal: 4096,
 		before: []string{"write -P 1 0 1700k"}},
+	{name: "growing refcounts", options: "cluster_size=512,refcount_bits=64", size: 1 << 20, hot: 1 << 20, workers: 4, ops: 150, journal: 4096,
+		before: []string{"write -P 1 0 14k"}},
 	{name: "device", options: "cluster_size=1k", size: 256 << 10, hot: 128 << 10, workers: 4, ops: 200, device: 1 << 20, journal: 512},
 	{name: "device backing", options: "cluster_size=512,refcount_bits=64", size: 256 << 10, hot: 128 << 10, workers: 4, ops: 200, device: 1 << 20, backing: true},
 	{name: "full device", options: "cluster_size=1k", size: 256 << 10, hot: 128 << 10, workers: 4, ops: 200, device: 128 << 10},

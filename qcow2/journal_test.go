@@ -70,6 +70,77 @@ func TestTakeover(t *testing.T) {
 	}
 }
 
+// Clusters that the journal names do not count as free while the refcount block
+// that is to count them is still being made.
+func TestTakeoverBehindNewBlock(t *testing.T) {
+	const size, cluster = 1 << 20, 512
+	for _, tables := range []bool{false, true} {
+		t.Run(fmt.Sprint("tables ", tables), func(t *testing.T) {
+			open := func(s storage.Store, opt image.Options) *Image {
+				im, err := Open(context.Background(), s, opt)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return im
+			}
+			s := memImage(t, "cluster_size=512", "1M", 0)
+			want := make([]byte, size)
+			write := func(im *Image, at int64, value byte) error {
+				p := bytes.Repeat([]byte{value}, cluster)
+				copy(want[at:], p)
+				return im.WriteAt(p, at, 0)
+			}
+			if tables { // one cluster of each
+				im := open(s, image.Options{})
+				for at := int64(64-1) * cluster; at < size; at += 64 * cluster {
+					if err := write(im, at, 251); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if err := im.writer.close(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			h, err := parseHeader(s.Bytes())
+			if err != nil {
+				t.Fatal(err)
+			}
+			block := int64(binary.BigEndian.Uint64(s.Bytes()[h.refTableOffset:]))
+
+			// While no count can be written, what is written is in the journal.
+			memory := newJournalMemory(4096)
+			faulty := storagetest.Fault(s, nil)
+			im := open(faulty, image.Options{Journal: memory})
+			faulty.Inject(storagetest.Within(storagetest.OpWrite, block, cluster, storagetest.Failure{Err: syscall.EIO}))
+			for i := range int64(300) {
+				if err := write(im, i*cluster, byte(i%250+1)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			im.writer.commit.stop()
+			im.mapping.close()
+
+			mem := recorded(s.Bytes())
+			im = open(mem, image.Options{Journal: memory})
+			for i := range int64(400) {
+				if err := write(im, size/2+i*cluster, 255); err != nil {
+					t.Fatal(err)
+				}
+			}
+			got := make([]byte, size)
+			if _, err := im.ReadAt(got, 0); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("what was written does not read back, %v", err)
+			}
+			if err := im.writer.close(); err != nil {
+				t.Error(err)
+			}
+			if v := crashJudge(mem.Bytes(), nil, nil); len(v.corrupt) > 0 || v.leaks > 0 {
+				t.Errorf("%v, %d leaks", v.corrupt, v.leaks)
+			}
+		})
+	}
+}
+
 func TestTakeoverRefused(t *testing.T) {
 	for _, tt := range []struct {
 		name, want string

@@ -46,6 +46,7 @@ func (w *writer) replay(records []record) error {
 	if err := t.count(); err != nil {
 		return err
 	}
+	t.commit.refs.scanEnd = t.alloc.tail
 	return t.link()
 }
 
@@ -104,7 +105,7 @@ func (t *takeover) room() error {
 	a.tail = max(a.tail, top)
 	a.limit = max(a.tail, refs.covered(a.tail))
 	a.fresh = max(a.fresh, a.tail)
-	refs.scanEnd = a.tail
+	refs.scanEnd = 0 // what the journal names looks free until it is counted
 	for c := range t.named() {
 		if err := refs.cover(a, c); err != nil {
 			return err
