@@ -1,11 +1,13 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"sync"
 	"time"
 
 	"github.com/imgnbd/imgnbd/connect"
@@ -124,19 +126,22 @@ func (s *service) reopen(check checker) (image.Device, error) {
 // openUnused opens the image when nobody else has it: a successor may be about to
 // end that has not closed it yet.
 func (s *service) openUnused(ctx context.Context, check checker) (device image.Device, err error) {
-	u := *s.u
-	for {
+	for told := false; ; {
 		if s.opt.connect.origin, err = newOrigin(s.file, nil); err != nil {
 			return nil, err
 		}
 		s.opt.connect.origin.check = check
+		said := &heldBack{to: s.u.stderr}
+		u := *s.u
+		u.stderr = said
 		device, err = s.opt.open(ctx, &u, s.file)
 		if !errors.Is(err, image.ErrInUse) {
+			said.pass()
 			return device, err
 		}
-		if u.stderr != io.Discard {
+		if !told {
 			s.u.message(err.Error() + ": it is tried again")
-			u.stderr = io.Discard // it would say the same
+			told = true
 		}
 		select {
 		case <-time.After(50 * time.Millisecond):
@@ -144,6 +149,33 @@ func (s *service) openUnused(ctx context.Context, check checker) (device image.D
 			return nil, ctx.Err()
 		}
 	}
+}
+
+// A heldBack keeps what is said while an image is being opened until it is known that
+// this is not tried again, which would say the same.
+type heldBack struct {
+	to io.Writer
+
+	mu     sync.Mutex
+	text   bytes.Buffer
+	passes bool
+}
+
+func (w *heldBack) Write(b []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.passes {
+		return w.to.Write(b)
+	}
+	return w.text.Write(b)
+}
+
+// pass lets through what was said, and all that comes.
+func (w *heldBack) pass() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.passes = true
+	w.text.WriteTo(w.to)
 }
 
 // resume serves connections that another server has left.

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -119,5 +120,54 @@ func TestReopenWaits(t *testing.T) {
 	s.signals <- syscall.SIGTERM
 	if d, err := s.reopen(nil); d != nil || err == nil || !strings.Contains(err.Error(), "is not open again yet") {
 		t.Errorf("two signals: %v, %v", d, err)
+	}
+}
+
+// What there is to say about an image that was waited for is not lost.
+func TestReopenWarns(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s, said := serving(t, dir)
+	f, err := os.OpenFile(s.file, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const dirty, features = 1, 72
+	_, err = f.WriteAt([]byte{dirty}, features+7)
+	if err := errors.Join(err, f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	looks := newServeOptions()
+	if err := looks.flags.Parse([]string{"--format=qcow2", "--journal=off", "--read-only"}); err != nil {
+		t.Fatal(err)
+	}
+	successor, err := looks.open(context.Background(), newUI("imgnbd", nil, nil, io.Discard), s.file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error)
+	go func() {
+		d, err := s.reopen(nil)
+		if err == nil {
+			err = d.Close()
+		}
+		done <- err
+	}()
+	if text := <-said; !strings.Contains(text, "it is tried again") {
+		t.Error(text)
+	}
+	if err := successor.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case text := <-said:
+		if !strings.Contains(text, "warning: the image was not closed properly") {
+			t.Error(text)
+		}
+	default:
+		t.Error("it does not say that the image was repaired")
 	}
 }
