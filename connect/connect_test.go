@@ -212,6 +212,34 @@ func TestForgetZeroingElsewhere(t *testing.T) {
 	}
 }
 
+// Nor is a device that somebody keeps open, which is only known after a while.
+func TestForgetZeroingKeptOpen(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h, k := newFake(t)
+		k.write("nbd0", "queue/write_zeroes_max_bytes", "4294966784")
+		h.kernel = keptOpen{k}
+		index, err := h.connectFresh(limited(t), &config{index: anyIndex, flags: uint64(writable &^ nbd.FlagSendWriteZeroes)})
+		if index != 1 || err != nil {
+			t.Errorf("%d, %v", index, err)
+		}
+		// By name it is in use.
+		_, err = h.connectFresh(limited(t), &config{index: 0, flags: uint64(writable &^ nbd.FlagSendWriteZeroes)})
+		if _, busy := errors.AsType[*BusyError](err); !busy {
+			t.Error(err)
+		}
+	})
+}
+
+// The first device is kept open.
+type keptOpen struct{ *fakeKernel }
+
+func (k keptOpen) connect(c *config) (int, error) {
+	if c.index == 0 {
+		return 0, syscall.EBUSY
+	}
+	return k.fakeKernel.connect(c)
+}
+
 func TestAttachRefused(t *testing.T) {
 	for _, test := range []struct {
 		opt  Options

@@ -106,8 +106,6 @@ func (h *host) forgetZeroing(ctx context.Context, index int) (replaced bool, err
 	if most := h.read(index, name(index), "queue/write_zeroes_max_bytes"); most == "" || most == "0" || h.connected(index) {
 		return false, nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
 	ours, theirs, err := SocketPair()
 	if err != nil {
 		return false, err
@@ -122,6 +120,8 @@ func (h *host) forgetZeroing(ctx context.Context, index int) (replaced bool, err
 	if err := h.disconnect(index); err != nil {
 		return false, fmt.Errorf("%s: %w", h.path(index), err)
 	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
 	for {
 		if _, err := os.Stat(filepath.Join(h.sys, name(index))); errors.Is(err, fs.ErrNotExist) {
 			return true, nil
