@@ -73,8 +73,8 @@ type block interface {
 // lines are the connections of a device, as far as they can be seen while the
 // kernel uses them. They are used by one goroutine.
 type lines interface {
-	// wait returns the places of those that have ended, on either side, or why
-	// there is no more waiting. Each end is told once.
+	// wait returns the places of those that have ended, on either side, or the
+	// cause of ctx. Each end is told once.
 	wait(ctx context.Context) ([]int, error)
 	// set watches conn in the place of one that has ended.
 	set(place int, conn net.Conn) error

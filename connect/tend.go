@@ -38,34 +38,37 @@ func (a *Attachment) Tend(ctx context.Context) error {
 			return err
 		}
 		for _, place := range ended {
-			if err := a.renew(ctx, place); errors.Is(err, ErrNotAttached) {
-				return nil
-			} else if err != nil {
-				return err
+			for again := true; again; {
+				if again, err = a.renew(ctx, place); errors.Is(err, ErrNotAttached) {
+					return nil
+				} else if err != nil {
+					return err
+				}
 			}
 		}
 	}
 }
 
-// renew replaces a connection that has ended.
-func (a *Attachment) renew(ctx context.Context, place int) error {
+// renew replaces a connection that has ended. It reports whether that which takes
+// its place has ended, too.
+func (a *Attachment) renew(ctx context.Context, place int) (again bool, err error) {
 	began := time.Now()
 	told, failing := "", false
 	for pause := settling; ; pause = min(2*pause, maxPause) {
 		// What ends the connections of a device that is detached looks the
 		// same from here.
 		if err := a.attached(); err != nil {
-			return err
+			return false, err
 		}
 		if a.opt.DeadTimeout == 0 {
 			if err := a.endPatience(); err != nil {
-				return err
+				return false, err
 			}
 			a.setAway(true)
-			return fmt.Errorf("%s: %w", a.Path(), ErrServerEnded)
+			return false, fmt.Errorf("%s: %w", a.Path(), ErrServerEnded)
 		}
 		if err := sleep(ctx, pause); err != nil {
-			return err
+			return false, err
 		}
 		conn, err := a.replace(ctx, place)
 		switch {
@@ -75,7 +78,7 @@ func (a *Attachment) renew(ctx context.Context, place int) error {
 			a.setAway(false)
 			return a.insist(ctx, conn)
 		case errors.Is(err, ErrNotAttached) || ctx.Err() != nil:
-			return err
+			return false, err
 		}
 		a.setAway(true)
 		if text := err.Error(); text != told {
@@ -86,7 +89,7 @@ func (a *Attachment) renew(ctx context.Context, place int) error {
 			failing = true
 			a.opt.Log.Warn("the server has been away for too long: what is waiting fails", "device", a.Path(), "server", a.opt.Server)
 			if err := a.endPatience(); err != nil {
-				return err
+				return false, err
 			}
 		}
 	}
@@ -122,22 +125,33 @@ func (a *Attachment) replace(ctx context.Context, place int) (_ net.Conn, err er
 // has the connection, it has no other place for it. That it dropped a socket is
 // seen by nobody, since this process holds it too, but for the end of a socket
 // pair. With several connections there may be another place, which is not for
-// the same socket.
-func (a *Attachment) insist(ctx context.Context, conn net.Conn) error {
+// the same socket. One that has ended is not offered.
+func (a *Attachment) insist(ctx context.Context, conn net.Conn) (ended bool, err error) {
 	if _, ok := conn.(*kernelEnd); ok || a.opt.Connections > 1 {
-		return nil
+		return false, nil
 	}
 	for pause := settling; pause < 2*time.Second; pause *= 2 {
-		if err := sleep(ctx, pause); err != nil {
-			return err
+		if ended, err := a.endsWithin(ctx, pause); ended || err != nil {
+			return ended, err
 		}
 		if err := a.attached(conn); errors.Is(err, ErrNotAttached) {
-			return err
+			return false, err
 		} else if err != nil {
 			a.opt.Log.Warn("the connection is not offered again", "device", a.Path(), "err", err)
 		}
 	}
-	return nil
+	return false, nil
+}
+
+// endsWithin waits for the end of the only connection, but not for longer than d.
+func (a *Attachment) endsWithin(ctx context.Context, d time.Duration) (bool, error) {
+	soon, cancel := context.WithTimeout(ctx, d)
+	defer cancel()
+	_, err := a.lines.wait(soon)
+	if err != nil && soon.Err() != nil {
+		return false, context.Cause(ctx)
+	}
+	return err == nil, err
 }
 
 // attached gives the kernel connections, if there are any. Its answer tells

@@ -151,6 +151,43 @@ func TestTendIgnored(t *testing.T) {
 	}
 }
 
+// A connection that ends while it is offered again is replaced at once.
+func TestTendEndsAgain(t *testing.T) {
+	h, k := newFake(t)
+	opt := to("/dev/nbd0", disk)
+	opt.Server, opt.DeadTimeout = "nbd://server/disk", time.Minute
+	offered := make(chan int, 100) // how many times any was, at each dial
+	opt.Dial = func(context.Context) (net.Conn, error) {
+		ours, conn, err := SocketPair()
+		if err != nil {
+			return nil, err
+		}
+		go relay(ours, disk.dial())
+		offered <- reconfigurations(k)
+		if len(offered) == 2 {
+			k.lines <- 0 // is the end of the new one by the time that it is watched
+		}
+		return conn.(*kernelEnd).UnixConn, nil // as of a server's socket
+	}
+	a := attach(t, h, opt)
+	result := make(chan error, 1)
+	go func() { result <- a.Tend(limited(t)) }()
+	k.lines <- 0
+	for ctx := limited(t); len(offered) < 3; {
+		if err := sleep(ctx, 5*time.Millisecond); err != nil {
+			t.Fatalf("it is not replaced: %q", k.logged())
+		}
+	}
+	for i, want := range []int{0, 0, 1} {
+		if got := <-offered; got != want {
+			t.Errorf("dial %d: connections were offered %d times, not %d", i, got, want)
+		}
+	}
+	if err := errors.Join(a.Detach(limited(t), false), <-result, a.Close()); err != nil {
+		t.Error(err)
+	}
+}
+
 // While its server is away, a device that somebody detaches is not connected
 // again, and by force nobody waits for what cannot be flushed.
 func TestDetachWhileAway(t *testing.T) {

@@ -87,6 +87,7 @@ func (p poller) wait(ctx context.Context) ([]int, error) {
 	defer func() {
 		if !cancel() {
 			<-told
+			unix.Read(int(stop.Fd), make([]byte, 8)) // for the next wait
 		}
 	}()
 	for {

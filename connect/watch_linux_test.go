@@ -8,6 +8,8 @@ import (
 	"slices"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // The end of a connection is seen from either side, data that nobody reads is
@@ -97,6 +99,9 @@ func TestWatch(t *testing.T) {
 	cancel()
 	if _, err := w.wait(ctx); !errors.Is(err, context.Canceled) {
 		t.Error(err)
+	}
+	if n, err := unix.Poll(w.(poller), 0); n != 0 || err != nil {
+		t.Errorf("%d, %v: the next wait does not sleep", n, err)
 	}
 }
 
