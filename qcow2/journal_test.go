@@ -141,6 +141,64 @@ func TestTakeoverBehindNewBlock(t *testing.T) {
 	}
 }
 
+// A takeover that finds no room says so, and is done when there is some: what the
+// process that died had counted for a table is a leak, and the device is full.
+func TestTakeoverOnFullDevice(t *testing.T) {
+	s := memImage(t, "cluster_size=512", "4M", 512<<10)
+	memory := newJournalMemory(4096)
+	faulty := storagetest.Fault(s, nil)
+	im, err := Open(context.Background(), faulty, image.Options{Journal: memory})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pass := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	p := bytes.Repeat([]byte{7}, 512)
+	for off := int64(0); ; off += 512 {
+		if err := im.WriteAt(p, off, 0); storage.NoSpace(err) {
+			break
+		} else {
+			pass(err)
+		}
+	}
+	pass(im.Flush())
+	pass(im.Discard(0, 1024)) // room for a cluster and its table
+	for range maxDry {
+		pass(im.Flush())
+	}
+	pass(im.WriteAt(p, 3<<20, 0))
+	// It dies when the table is counted and nothing refers to it.
+	var store, left []byte
+	faulty.Inject(func(op storagetest.Op) *storagetest.Failure {
+		if op.Kind == storagetest.OpSync && store == nil {
+			store, left = bytes.Clone(s.Bytes()), bytes.Clone(memory)
+		}
+		return nil
+	})
+	pass(im.Flush())
+	pass(im.Close())
+	copy(memory, left)
+
+	open := func(b []byte) (*Image, error) {
+		device := new(storagetest.Log).NewStore(b, storage.Info{FixedSize: true})
+		return Open(context.Background(), device, image.Options{Journal: memory})
+	}
+	if _, err := open(store); !storage.NoSpace(err) {
+		t.Fatalf("a full device: %v", err)
+	}
+	im, err = open(append(store, make([]byte, 64<<10)...))
+	pass(err)
+	got := make([]byte, 512)
+	if _, err := im.ReadAt(got, 3<<20); err != nil || !bytes.Equal(got, p) {
+		t.Errorf("what was written does not read back, %v", err)
+	}
+	pass(im.Close())
+}
+
 func TestTakeoverRefused(t *testing.T) {
 	for _, tt := range []struct {
 		name, want string

@@ -5,6 +5,7 @@ import (
 	"hash/crc32"
 	"iter"
 	"slices"
+	"syscall"
 )
 
 // identity sums up what of a header never changes while the image is open for
@@ -161,7 +162,7 @@ func (t *takeover) link() error {
 	}
 	slices.Sort(clusters)
 	for _, c := range clusters {
-		for {
+		for dry := 0; ; {
 			s, err := t.mapping.cache.get(c>>g.sliceBits, true)
 			if err != nil {
 				return err
@@ -188,8 +189,15 @@ func (t *takeover) link() error {
 				break
 			}
 			s.mu.Unlock()
+			if dry == maxDry {
+				return fmt.Errorf("there is no room for an L2 table: %w", syscall.ENOSPC)
+			}
+			before := t.alloc.progress()
 			if err := t.commit.once(); err != nil {
 				return err
+			}
+			if dry++; ok || t.alloc.progress() != before {
+				dry = 0 // it has not looked everywhere yet
 			}
 		}
 	}
