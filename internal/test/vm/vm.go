@@ -60,6 +60,9 @@ func Run(t testing.TB, opt Options) string {
 	if opt.Share == "" {
 		opt.Share = t.TempDir()
 	}
+	if opt.Limit == 0 {
+		opt.Limit = 5 * time.Minute
+	}
 	own := filepath.Join(opt.Share, ".guest")
 	if err := os.Mkdir(own, 0o755); err != nil {
 		t.Fatal(err)
@@ -75,11 +78,7 @@ func Run(t testing.TB, opt Options) string {
 	}
 	defer takeTurn(t, kernels)()
 
-	limit := opt.Limit
-	if limit == 0 {
-		limit = 5 * time.Minute
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	ctx, cancel := context.WithTimeout(context.Background(), opt.Limit)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, program, opt.machine(t, kernel, own)...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -89,19 +88,20 @@ func Run(t testing.TB, opt Options) string {
 		b, _ := os.ReadFile(filepath.Join(own, name)) // none: it was not reached
 		return string(b)
 	}
-	output, status := read("output"), strings.TrimSpace(read("status"))
+	output, status, lines := read("output"), strings.TrimSpace(read("status")), 25
 	switch {
 	case status == "0":
 		t.Logf("guest with Linux %s: %.0f s", opt.Kernel, time.Since(began).Seconds())
 		return output
 	case ctx.Err() != nil:
-		status = fmt.Sprintf("no end within %v", limit)
+		status = fmt.Sprintf("no end within %v", opt.Limit)
+		lines = 400 // what hangs, and where
 	case status == "":
 		status = fmt.Sprintf("the guest died: %v", err)
 	default:
 		status = "exit status " + status
 	}
-	t.Fatalf("guest with Linux %s: %s\n%s%s--- console:\n%s", opt.Kernel, status, output, messages, tail(read("console"), 25))
+	t.Fatalf("guest with Linux %s: %s\n%s%s--- console:\n%s", opt.Kernel, status, output, messages, tail(read("console"), lines))
 	return ""
 }
 
@@ -120,6 +120,8 @@ ip link set lo up
 	for _, e := range opt.Env {
 		fmt.Fprintf(&b, "export %s\n", quote(e))
 	}
+	fmt.Fprintf(&b, "{ sleep %.0f; dmesg -n 8; ps axo pid,ppid,stat,wchan:24,args; echo w >/proc/sysrq-trigger; } >/dev/console 2>&1 &\n",
+		max(opt.Limit-20*time.Second, opt.Limit/2).Seconds())
 	b.WriteString(`cd /scratch
 setsid bash -eu /share/.guest/script </dev/null >/share/.guest/output 2>&1
 echo $? >/share/.guest/status
