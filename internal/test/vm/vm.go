@@ -120,6 +120,7 @@ ip link set lo up
 	for _, e := range opt.Env {
 		fmt.Fprintf(&b, "export %s\n", quote(e))
 	}
+	// A guest that hangs tells where before it is ended.
 	fmt.Fprintf(&b, "{ sleep %.0f; dmesg -n 8; ps axo pid,ppid,stat,wchan:24,args; echo w >/proc/sysrq-trigger; } >/dev/console 2>&1 &\n",
 		max(opt.Limit-20*time.Second, opt.Limit/2).Seconds())
 	b.WriteString(`cd /scratch
