@@ -31,6 +31,7 @@ type device struct {
 	flushing bool
 
 	dirty atomic.Bool // a write returned since the last flush began
+	brief atomic.Bool // the medium took no longer than briefWait for the last flush
 
 	complaints complaints
 }
@@ -85,6 +86,28 @@ func (d *device) flush(t *task) {
 	}
 }
 
+// tryFlush flushes for the caller, if nobody else flushes.
+func (d *device) tryFlush() (tried bool, err error) {
+	d.flushMu.Lock()
+	if d.flushing {
+		d.flushMu.Unlock()
+		return false, nil
+	}
+	d.flushing = true
+	d.flushMu.Unlock()
+
+	err = d.sync()
+
+	d.flushMu.Lock()
+	defer d.flushMu.Unlock()
+	if d.flushes.head != nil { // those of others are not for the caller to do
+		go d.commit()
+	} else {
+		d.flushing = false
+	}
+	return true, err
+}
+
 // commit flushes until nobody waits for it.
 func (d *device) commit() {
 	for {
@@ -108,12 +131,21 @@ func (d *device) commit() {
 // sync flushes the device.
 func (d *device) sync() error {
 	d.dirty.Store(false)
+	start := time.Now()
 	err := d.Flush()
+	d.waited(time.Since(start))
 	if err != nil {
 		d.dirty.Store(true)
 	}
 	return err
 }
+
+// briefWait is how long a connection may wait for the medium where it could do
+// something else, if its client has been mistaken for one that waits, too.
+const briefWait = time.Millisecond
+
+// waited notes how long the medium took to make something durable.
+func (d *device) waited(took time.Duration) { d.brief.Store(took <= briefWait) }
 
 // touched notes a write that has returned. One that is noted before it is
 // made may be forgotten by a flush that does not cover it.

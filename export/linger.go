@@ -19,7 +19,7 @@ func (s *socket) linger(midst bool) {
 	}
 	start := time.Now()
 	for asked := 0; ; asked++ {
-		if s.rc.Control(s.rd.ask) != nil || s.rd.arrived {
+		if s.arrived() {
 			// What is there at once in the midst of a write would have been
 			// without waiting.
 			if asked > 0 || !midst {
@@ -34,6 +34,8 @@ func (s *socket) linger(midst bool) {
 		runtime.Gosched()
 	}
 }
+
+func (s *socket) arrived() bool { return s.rc.Control(s.rd.ask) != nil || s.rd.arrived }
 
 func (s *socket) askNow(fd uintptr) { s.rd.arrived = pollNow(fd, unix.POLLIN) }
 

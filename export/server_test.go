@@ -681,6 +681,94 @@ func TestGroupCommit(t *testing.T) {
 	}
 }
 
+// TestWaitOnLine: a client that has nothing else in progress waits with its line for
+// a medium that was brief. What it sends meanwhile comes after that, but the next
+// time goes on; other clients never wait, and their flushes are not taken to be covered.
+func TestWaitOnLine(t *testing.T) {
+	block := pattern(0, 512)
+	for name, request := range map[string]func(p *peer, cookie uint64) []byte{
+		"flush": func(p *peer, cookie uint64) []byte { return p.header(nbd.CmdFlush, 0, cookie, 0, 0) },
+		"FUA": func(p *peer, cookie uint64) []byte {
+			return append(p.header(nbd.CmdWrite, nbd.CmdFlagFUA, cookie, 0, 512), block...)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dev := &hooked{Device: memDisk(t, 1<<20)}
+			var stalls atomic.Bool
+			var flushes atomic.Int64
+			begun, goOn := make(chan struct{}, 10), make(chan struct{})
+			wait := func() {
+				if stalls.Load() {
+					begun <- struct{}{}
+					<-goOn
+				}
+			}
+			dev.flush = func() error {
+				flushes.Add(1)
+				wait()
+				return nil
+			}
+			dev.writeAt = func(p []byte, off int64, flags image.WriteFlags) error {
+				if flags&image.FUA == 0 {
+					t.Error("a write without FUA")
+				}
+				wait()
+				return dev.Device.WriteAt(p, off, 0)
+			}
+			s := serve(t, map[string]*Export{"": {Device: dev}}, nil)
+			brief := func() {
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				for _, d := range s.devices {
+					d.brief.Store(true)
+				}
+			}
+			p, other := s.connect("unix", "", simple), s.connect("unix", "", simple)
+			other.ok(nbd.CmdRead, 0, 4096, 512, nil)
+			brief()
+			stalls.Store(true)
+
+			p.write(request(p, 1))
+			<-begun
+			p.write(p.header(nbd.CmdRead, 0, 2, 0, 512))
+			if name == "flush" {
+				other.write(other.header(nbd.CmdFlush, 0, 3, 0, 0))
+			}
+			other.write(other.header(nbd.CmdRead, 0, 4, 4096, 512))
+			if c := other.chunk(512); c.cookie != 4 {
+				t.Fatalf("the reply to %d came", c.cookie)
+			}
+			goOn <- struct{}{}
+			for cookie := range uint64(2) {
+				if c := p.chunk(int(cookie) * 512); c.cookie != cookie+1 || c.errno != 0 {
+					t.Fatalf("the reply to %d came: %d", c.cookie, c.errno)
+				}
+			}
+			if name == "flush" {
+				<-begun
+				goOn <- struct{}{}
+				if c := other.chunk(0); c.cookie != 3 || flushes.Load() != 2 {
+					t.Fatalf("the reply to %d came after %d flushes of the device, want 3 and 2", c.cookie, flushes.Load())
+				}
+			}
+
+			brief()
+			p.write(request(p, 5))
+			p.write(p.header(nbd.CmdRead, 0, 6, 0, 512))
+			if c := p.chunk(512); c.cookie != 6 {
+				t.Fatalf("the reply to %d came", c.cookie)
+			}
+			<-begun
+			goOn <- struct{}{}
+			if c := p.chunk(0); c.cookie != 5 {
+				t.Fatalf("the reply to %d came", c.cookie)
+			}
+
+			stalls.Store(false)
+		})
+	}
+}
+
 // TestMultiConn: a flush on one connection covers the writes that were
 // answered on another, and a flush that comes while one runs is not taken to
 // be covered by it.

@@ -45,6 +45,7 @@ type line struct {
 	expect int    // the payload of the last large write, in bytes; another may follow
 
 	slowUntil time.Time // writes go to workers
+	patience  restraint // of waiting for the medium
 
 	ahead chan struct{} // one for each reply that was read and not sent
 
@@ -360,6 +361,11 @@ func (s *session) do(r *request, payload []byte) error {
 		s.dev.submit(t)
 		return nil
 	case nbd.CmdFlush:
+		if s.mayWait() {
+			if tried, err := s.dev.tryFlush(); tried {
+				return s.waited(r, err)
+			}
+		}
 		t, err := s.newTask(r, 0, 0)
 		if err != nil {
 			return err
@@ -413,10 +419,30 @@ func (s *session) askStatus(r *request, payload []byte) error {
 	return nil
 }
 
+// mayWait reports whether the line may wait for the medium: not for long, and most
+// likely its client waits for the same.
+func (s *session) mayWait() bool {
+	l := &s.line
+	return l.served == 1 && l.r == l.w && s.out.inProgress.Load() == 0 && s.dev.brief.Load() && !l.patience.holds()
+}
+
+// waited answers a request for which the line has waited.
+func (s *session) waited(r *request, err error) error {
+	if s.out.t.arrived() {
+		s.line.patience.inVain()
+	} else {
+		s.line.patience.paid()
+	}
+	if err != nil {
+		return s.reject(r, s.failed(r, err))
+	}
+	return s.done(r)
+}
+
 // mayWriteHere reports whether a write is likely to be short.
 func (s *session) mayWriteHere(r *request) bool {
 	if r.has(nbd.CmdFlagFUA) {
-		return false
+		return s.mayWait()
 	}
 	l := &s.line
 	return l.slowUntil.IsZero() || time.Now().After(l.slowUntil)
@@ -425,6 +451,12 @@ func (s *session) mayWriteHere(r *request) bool {
 // writeHere writes on the line.
 func (s *session) writeHere(r *request, p []byte) error {
 	start := time.Now()
+	if r.has(nbd.CmdFlagFUA) {
+		err := s.dev.WriteAt(p, s.export.Offset+r.off(), image.FUA)
+		s.dev.waited(time.Since(start))
+		s.dev.touched()
+		return s.waited(r, err)
+	}
 	err := s.dev.WriteAt(p, s.export.Offset+r.off(), 0)
 	took := time.Since(start)
 	s.dev.touched()

@@ -24,6 +24,9 @@ type transport interface {
 	// write, or after a single request, whose client probably waits for the reply.
 	linger(midst bool)
 
+	// arrived reports whether read would not wait, or the transport cannot tell.
+	arrived() bool
+
 	// hurry says whether many requests arrive at a time.
 	hurry(many bool)
 
@@ -69,6 +72,8 @@ func (s stream) read(a, _ []byte) (int, error) {
 func (s stream) ready() (bool, error) { return false, nil }
 
 func (s stream) linger(bool) {}
+
+func (s stream) arrived() bool { return true }
 
 func (s stream) hurry(bool) {}
 
