@@ -43,11 +43,12 @@ func lockFiles() error {
 	}
 	for line := range strings.Lines(string(maps)) {
 		var from, to uintptr
+		var access string
 		var inode uint64
-		if _, err := fmt.Sscanf(line, "%x-%x %s %s %s %d", &from, &to, new(string), new(string), new(string), &inode); err != nil {
+		if _, err := fmt.Sscanf(line, "%x-%x %s %s %s %d", &from, &to, &access, new(string), new(string), &inode); err != nil {
 			return fmt.Errorf("/proc/self/maps: %w: %s", err, line)
 		}
-		if inode == 0 {
+		if inode == 0 || strings.HasPrefix(access, "---") { // an image, of which only the addresses are wanted
 			continue
 		}
 		if _, _, errno := unix.Syscall(unix.SYS_MLOCK, from, to-from, 0); errno != 0 {

@@ -17,7 +17,7 @@ func TestHotCalls(t *testing.T) {
 		for _, call := range []uint32{
 			unix.SYS_READ, unix.SYS_WRITE, unix.SYS_READV, unix.SYS_WRITEV, unix.SYS_RECVFROM, unix.SYS_RECVMSG,
 			unix.SYS_PREAD64, unix.SYS_PWRITE64, unix.SYS_PREADV2, unix.SYS_PWRITEV2, unix.SYS_SENDFILE, unix.SYS_FDATASYNC, unix.SYS_FALLOCATE, unix.SYS_LSEEK,
-			unix.SYS_FUTEX, unix.SYS_EPOLL_PWAIT, unix.SYS_NANOSLEEP, unix.SYS_MADVISE,
+			unix.SYS_FUTEX, unix.SYS_EPOLL_PWAIT, unix.SYS_NANOSLEEP, unix.SYS_MADVISE, unix.SYS_MINCORE,
 		} {
 			if answer := byNumber(t, program, call); answer != allowed {
 				t.Errorf("call %d: %#x", call, answer)

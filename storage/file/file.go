@@ -20,6 +20,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"github.com/imgnbd/imgnbd/storage"
 )
@@ -154,7 +155,8 @@ type store struct {
 	writers *writers
 
 	try    tryMethod
-	begins bool // tryNoWait has the kernel fetch what is not in the page cache
+	begins bool                      // tryNoWait has the kernel fetch what is not in the page cache
+	there  atomic.Pointer[residence] // where noTry
 	// What the medium answered EOPNOTSUPP to; it is not asked again.
 	noTry, noPunch, noZero, noSeek, noDiscard atomic.Bool
 	punches                                   atomic.Bool // the block device can
@@ -225,6 +227,7 @@ func (s *store) TryReadAt(p []byte, off int64) error {
 		if !s.noTry.Load() {
 			return s.readNoWait(p, off)
 		}
+		return s.readThere(p, off)
 	case tryMemory:
 		if s.raw && len(p) <= rawMost && preadMemory(s.fd, p, off) == len(p) {
 			return nil
@@ -250,8 +253,9 @@ func (s *store) readNoWait(p []byte, off int64) error {
 		case err == syscall.EAGAIN:
 			return storage.ErrWouldBlock
 		case unsupported(err) || err == syscall.EINVAL:
+			s.learnThere()
 			s.noTry.Store(true)
-			return storage.ErrWouldBlock
+			return s.readThere(p, off)
 		case err != nil:
 			return err
 		case n == 0:
@@ -261,6 +265,30 @@ func (s *store) readNoWait(p []byte, off int64) error {
 		}
 	}
 	return nil
+}
+
+// learnThere asks for the residence, once.
+func (s *store) learnThere() {
+	size, err := s.size()
+	if err != nil {
+		return
+	}
+	if r := newResidence(s.fd, size); r != nil && !s.there.CompareAndSwap(nil, r) {
+		r.close()
+	}
+}
+
+// readThere reads what is in the page cache. Between question and read it may be
+// taken from there; then the read waits after all.
+func (s *store) readThere(p []byte, off int64) error {
+	r := s.there.Load()
+	if r == nil || !r.has(off, int64(len(p))) {
+		return storage.ErrWouldBlock
+	}
+	start := time.Now()
+	_, err := readFull(s.fd, p, off, 1)
+	r.took(time.Since(start))
+	return err
 }
 
 func (s *store) WriteAt(p []byte, off int64, flags storage.WriteFlags) error {
@@ -344,6 +372,9 @@ func (s *store) Close() error {
 		return fs.ErrClosed
 	}
 	unlockImage(s.fd)
+	if r := s.there.Load(); r != nil {
+		r.close()
+	}
 	s.writers.part(s.info.ID)
 	err := cause(s.file.Close())
 	if s.direct != nil {

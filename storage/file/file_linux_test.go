@@ -3,9 +3,12 @@ package file
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"math"
 	"net"
 	"net/url"
 	"os"
@@ -737,6 +740,118 @@ func TestSpace(t *testing.T) {
 	pass(t, s.WriteZeroes(200*size, size, 0))
 	if n := blocks(t, path); n < size {
 		t.Errorf("growing by zeroes allocates %d bytes of %d", n, size)
+	}
+}
+
+// Where the file system cannot read without waiting, what is in the page cache is
+// read all the same, and nothing else.
+func TestTryReadOfResident(t *testing.T) {
+	dir := t.TempDir()
+	if fd, err := unix.Open(dir, unix.O_RDONLY, 0); err == nil {
+		defer unix.Close(fd)
+		if inMemory(fd) {
+			t.Skip("the folder for temporary files is in memory")
+		}
+	}
+	path := filepath.Join(dir, "file")
+	const size = 8<<20 + 100
+	pass(t, os.WriteFile(path, bytes.Repeat([]byte{7}, size), 0o600))
+	s := mustOpen(t, path, storage.Options{Access: storage.WriteGrow})
+	pass(t, unix.Fdatasync(s.fd))
+	pass(t, unix.Fadvise(s.fd, 0, 0, unix.FADV_DONTNEED))
+	pass(t, unix.Fadvise(s.fd, 0, 0, unix.FADV_RANDOM)) // nothing is fetched that is not asked for
+	s.learnThere()
+	s.noTry.Store(true)
+	p := make([]byte, 1<<20)
+	try := func(off, n int64, want error) {
+		t.Helper()
+		clear(p)
+		err := s.TryReadAt(p[:n], off)
+		if err != want {
+			t.Fatalf("TryReadAt of %d at %d: %v, want %v", n, off, err, want)
+		}
+		if err == nil && !bytes.Equal(p[:n], bytes.Repeat([]byte{7}, int(n))) {
+			t.Fatalf("TryReadAt of %d at %d: other bytes", n, off)
+		}
+	}
+	try(4<<20, 4096, storage.ErrWouldBlock)
+	read(t, s, 4<<20, 1<<20)
+	try(4<<20, 4096, nil)
+	try(4<<20+1, 4095, nil)
+	try(4<<20, 1<<20, nil)
+	try(5<<20-1, 2, storage.ErrWouldBlock)
+	try(4<<20-1, 2, storage.ErrWouldBlock)
+	read(t, s, size-100, 100)
+	try(size-100, 100, nil)
+	try(size, 1, io.EOF)
+	pass(t, s.WriteAt(bytes.Repeat([]byte{7}, 8192), 100<<20, 0))
+	try(100<<20, 8192, nil)
+	try(residenceMore+16<<20, 1, storage.ErrWouldBlock)
+	try(math.MaxInt64-10, 10, storage.ErrWouldBlock)
+}
+
+func read(t *testing.T, s *store, off, n int64) {
+	t.Helper()
+	_, err := s.ReadAt(make([]byte, n), off)
+	pass(t, err)
+}
+
+// Who may not write to a file is told that all of it is in the page cache.
+func TestResidenceLies(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	path := filepath.Join(t.TempDir(), "file")
+	pass(t, os.WriteFile(path, make([]byte, 1<<20), 0o644))
+	s := mustOpen(t, path, storage.Options{})
+	s.learnThere()
+	s.noTry.Store(true)
+	read(t, s, 0, 4096)
+	p := make([]byte, 4096)
+	pass(t, s.TryReadAt(p, 0))
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	_, err := unix.SetfsuidRetUid(65534)
+	pass(t, err)
+	defer unix.SetfsuidRetUid(0)
+	r := s.there.Load()
+	r.took(waited) // not long
+	pass(t, s.TryReadAt(p, 0))
+	r.took(waited + 1)
+	wantErr(t, s.TryReadAt(p, 0), storage.ErrWouldBlock)
+}
+
+// TestTryReadOnFUSE: a file system that cannot read without waiting.
+func TestTryReadOnFUSE(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to mount")
+	}
+	dir := t.TempDir()
+	qemu.Start(t, "nbdfuse", filepath.Join(dir, "disk"), "[", qemu.Require(t, "nbdkit"), "-f", "--exit-with-parent", "pattern", "4M", "]")
+	t.Cleanup(func() { pass(t, unix.Unmount(dir, unix.MNT_DETACH)) })
+	path := filepath.Join(dir, "disk")
+	for began := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+		if _, err := os.Stat(path); err == nil {
+			break
+		} else if time.Since(began) > time.Minute {
+			t.Fatal(err)
+		}
+	}
+	s := mustOpen(t, path, storage.Options{})
+	p := make([]byte, 64<<10)
+	err := s.TryReadAt(p, 1<<20)
+	if !s.noTry.Load() {
+		t.Skip("FUSE can read without waiting here")
+	}
+	if err != storage.ErrWouldBlock {
+		t.Fatalf("TryReadAt: %v", err)
+	}
+	read(t, s, 1<<20, 64<<10)
+	pass(t, s.TryReadAt(p, 1<<20))
+	for i := 0; i < len(p); i += 8 {
+		if got := binary.BigEndian.Uint64(p[i:]); got != uint64(1<<20+i) {
+			t.Fatalf("at %d: %#x", 1<<20+i, got)
+		}
 	}
 }
 
