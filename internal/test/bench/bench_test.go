@@ -83,6 +83,42 @@ func TestRun(t *testing.T) {
 	}
 }
 
+// An image that is far away is read at its pace, and its file system ends.
+func TestFar(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to mount")
+	}
+	qemu.Require(t, "nbdkit", "qemu-img")
+	dir := t.TempDir()
+	out := filepath.Join(dir, "figures.json")
+	before := descendants(os.Getpid())
+	err := run(t.Context(), []string{
+		"-imgnbd", "none", "-repeats", "1", "-time", "200ms", "-size", "64", "-disk", dir, "-json", out,
+		"-servers", "^nbdkit$", "-run", "^raw rand read 4k qd32, far",
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var findings []finding
+	if err := json.Unmarshal(text, &findings); err != nil {
+		t.Fatal(err)
+	}
+	// nbdkit has 16 threads: even if every other read met what is there, no more can come.
+	if most := 2 * 16 / farDelay.Seconds(); len(findings) != 2 || findings[1].Rows[0].Rate > most {
+		t.Errorf("%+v; want at most %v a second from far", findings, most)
+	}
+	if after := descendants(os.Getpid()); len(after) != len(before) {
+		t.Errorf("processes %v are left, before there were %v", after, before)
+	}
+	if left, _ := os.ReadDir(dir); len(left) != 1 {
+		t.Errorf("%v are left", left)
+	}
+}
+
 // A server that does not start, or that fails requests, is an error.
 func TestFailures(t *testing.T) {
 	qemu.Require(t, "nbdkit")

@@ -19,6 +19,7 @@ type images struct {
 	memory, disk string
 	size         int64
 	made         map[string]string
+	far          []*farAway
 }
 
 func newImages(size int64, disk string) (*images, error) {
@@ -35,6 +36,9 @@ func newImages(size int64, disk string) (*images, error) {
 }
 
 func (i *images) remove() {
+	for _, f := range i.far {
+		f.close()
+	}
 	for _, dir := range []string{i.memory, i.disk} {
 		if dir != "" {
 			os.RemoveAll(dir)
@@ -50,6 +54,9 @@ func (i *images) sizeOf(k kind) int64 {
 // get returns the path of an image that a workload needs. What fits lies in the
 // page cache.
 func (i *images) get(w workload) (string, error) {
+	if w.far() {
+		return i.getFar(w)
+	}
 	dir := i.memory
 	if w.place != memory {
 		dir = i.disk

@@ -73,8 +73,12 @@ func once(ctx context.Context, o options, w workload, s server, img *images) (sa
 	if w.kind.fresh {
 		defer os.Remove(file)
 	}
-	if w.place == cold {
+	if w.cold() {
 		if err := dropCache(file); err != nil {
+			return sample{}, err
+		}
+	} else if w.far() {
+		if err := warm(file); err != nil {
 			return sample{}, err
 		}
 	}
@@ -107,7 +111,7 @@ const warmUp = 50 * time.Millisecond
 func (p *process) load(ctx context.Context, w workload, d time.Duration) (sample, error) {
 	c := w.Config
 	c.URI, c.Seed, c.Duration = p.uri, 1, warmUp
-	if !w.kind.fresh && w.place != cold {
+	if !w.kind.fresh && !w.cold() {
 		c.Idle = 0
 		if _, err := load.Run(ctx, c); err != nil {
 			return sample{}, err

@@ -44,10 +44,12 @@ var (
 type place int
 
 const (
-	memory place = iota // on tmpfs
-	disk                // on a disk, in the page cache
-	cold                // on a disk, not in the page cache when it begins
-	direct              // on a disk, and the page cache is bypassed
+	memory  place = iota // on tmpfs
+	disk                 // on a disk, in the page cache
+	cold                 // on a disk, not in the page cache when it begins
+	direct               // on a disk, and the page cache is bypassed
+	far                  // on a file system that is farDelay away, in the page cache
+	farCold              // the same, not in the page cache when it begins
 )
 
 // How clients come.
@@ -83,6 +85,12 @@ type workload struct {
 	work
 	goal goal
 }
+
+// cold reports whether w begins with nothing in the page cache.
+func (w *workload) cold() bool { return w.place == cold || w.place == farCold }
+
+// far reports whether the image of w is far away.
+func (w *workload) far() bool { return w.place == far || w.place == farCold }
 
 // inBytes reports whether the bytes say more about w than the number of
 // operations.
@@ -136,6 +144,9 @@ var workloads = []workload{
 	{"raw write 1M qd16, disk", false, raw, disk, unix, writes(1, 16, m), parity().stretch(1.2)},
 	{"raw write, flush 4k qd1, disk", false, raw, disk, unix, random(mix(1, 1, 4*k, 0, 1, 1)), parity().stretch(1.2)},
 	{"raw rand read 4k qd32, cold", false, largeRaw, cold, unix, random(reads(1, 32, 4*k)), must(1.3).stretch(1.8)},
+	{"raw rand read 4k qd1, far", false, raw, far, unix, random(reads(1, 1, 4*k)), goal{}},
+	{"raw rand read 4k qd32, far", false, raw, far, unix, random(reads(1, 32, 4*k)), goal{}},
+	{"raw rand read 4k qd32, far, cold", false, raw, farCold, unix, random(reads(1, 32, 4*k)), must(1.3).stretch(1.8)},
 	{"raw rand read 4k qd32, O_DIRECT", false, raw, direct, unix, random(reads(1, 32, 4*k)), parity().stretch(1.2)},
 	{"raw read 1M qd16, O_DIRECT", false, raw, direct, unix, reads(1, 16, m), parity().stretch(1.2)},
 	{"raw rand read 4k qd1, tcp", false, raw, memory, tcp, random(reads(1, 1, 4*k)), parity().stretch(1.5)},
