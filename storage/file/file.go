@@ -273,13 +273,13 @@ func (s *store) learnThere() {
 	if err != nil {
 		return
 	}
-	if r := newResidence(s.fd, size); r != nil && !s.there.CompareAndSwap(nil, r) {
+	if r := newResidence(s.fd, size, !s.info.FixedSize && !s.info.ReadOnly); r != nil && !s.there.CompareAndSwap(nil, r) {
 		r.close()
 	}
 }
 
-// readThere reads what is in the page cache. Between question and read it may be
-// taken from there; then the read waits after all.
+// readThere reads what is in the page cache. The read may wait all the same: where it
+// was taken from there meanwhile, or the file system asks a server about the file.
 func (s *store) readThere(p []byte, off int64) error {
 	r := s.there.Load()
 	if r == nil || !r.has(off, int64(len(p))) {

@@ -786,7 +786,7 @@ func TestTryReadOfResident(t *testing.T) {
 	try(size, 1, io.EOF)
 	pass(t, s.WriteAt(bytes.Repeat([]byte{7}, 8192), 100<<20, 0))
 	try(100<<20, 8192, nil)
-	try(residenceMore+16<<20, 1, storage.ErrWouldBlock)
+	try(residenceMore+16<<20, 1, storage.ErrWouldBlock) // behind what is mapped
 	try(math.MaxInt64-10, 10, storage.ErrWouldBlock)
 }
 
@@ -796,13 +796,13 @@ func read(t *testing.T, s *store, off, n int64) {
 	pass(t, err)
 }
 
-// Who may not write to a file is told that all of it is in the page cache.
-func TestResidenceLies(t *testing.T) {
+// Only the owner of a file, and who may act as it, is told what is in the page cache.
+func TestResidenceUser(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
 	}
 	path := filepath.Join(t.TempDir(), "file")
-	pass(t, os.WriteFile(path, make([]byte, 1<<20), 0o644))
+	pass(t, os.WriteFile(path, make([]byte, 1<<20), 0o666))
 	s := mustOpen(t, path, storage.Options{})
 	s.learnThere()
 	s.noTry.Store(true)
@@ -811,14 +811,50 @@ func TestResidenceLies(t *testing.T) {
 	pass(t, s.TryReadAt(p, 0))
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	_, err := unix.SetfsuidRetUid(65534)
-	pass(t, err)
-	defer unix.SetfsuidRetUid(0)
-	r := s.there.Load()
-	r.took(waited) // not long
+	become := func(uid int) {
+		// Of this thread only.
+		_, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, ^uintptr(0), uintptr(uid), ^uintptr(0))
+		if errno != 0 {
+			t.Fatal(errno)
+		}
+	}
+	become(65534)
+	defer become(0)
+	err := s.TryReadAt(p, 0)
+	become(0)
+	wantErr(t, err, storage.ErrWouldBlock)
 	pass(t, s.TryReadAt(p, 0))
-	r.took(waited + 1)
-	wantErr(t, s.TryReadAt(p, 0), storage.ErrWouldBlock)
+	pass(t, os.Chown(path, 65534, -1))
+	become(65534)
+	err = s.TryReadAt(p, 0)
+	become(0)
+	pass(t, err)
+}
+
+// Where what is in the page cache is not read at once, it is tried less and less.
+func TestResidenceSlow(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	pass(t, os.WriteFile(path, make([]byte, 1<<20), 0o600))
+	s := mustOpen(t, path, storage.Options{})
+	s.learnThere()
+	read(t, s, 0, 4096)
+	r := s.there.Load()
+	for skips := 1; skips <= 8; skips *= 2 {
+		r.took(atOnce + 1)
+		for range skips {
+			if r.has(0, 4096) {
+				t.Fatalf("of %d tries one is made", skips)
+			}
+		}
+		if !r.has(0, 4096) {
+			t.Fatalf("after %d no try is made", skips)
+		}
+	}
+	r.took(atOnce)
+	r.took(atOnce + 1)
+	if r.has(0, 4096) || !r.has(0, 4096) {
+		t.Error("a fast read does not count")
+	}
 }
 
 // TestTryReadOnFUSE: a file system that cannot read without waiting.

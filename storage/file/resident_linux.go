@@ -13,62 +13,75 @@ import (
 // that cannot read without waiting: NFS, FUSE, SMB. The file is mapped, and never
 // touched there. Its methods may be called concurrently.
 type residence struct {
+	fd     int
 	at     unsafe.Pointer
-	length uintptr     // bytes that are mapped
-	lies   atomic.Bool // the kernel says of every page that it is there
-	page   int64       // of memory, in bytes
+	length uintptr // bytes that are mapped
+	page   int64   // of memory, in bytes
+
+	user    atomic.Int64 // who was looked at; -1: nobody
+	trusted atomic.Bool  // that user gets answers, and at once
+
+	skips, left atomic.Int32 // of reads that were slow
 }
 
-// residenceMore is how many bytes behind the end of a file are mapped, too, for those
-// that grow: addresses only.
-const residenceMore = 1 << 40
+// residenceMore is how many bytes behind the end of a file that may grow are mapped,
+// too. They are addresses only.
+const residenceMore = 64 << 30
 
 // newResidence returns nil where there is none.
-func newResidence(fd int, size int64) *residence {
+func newResidence(fd int, size int64, grows bool) *residence {
 	if unsafe.Sizeof(uintptr(0)) < 8 {
 		return nil
 	}
-	r := &residence{page: int64(os.Getpagesize())}
-	r.length = uintptr(roundUp(size, r.page) + residenceMore)
+	r := &residence{fd: fd, page: int64(os.Getpagesize())}
+	r.user.Store(-1)
+	if grows {
+		size += residenceMore
+	}
+	r.length = uintptr(roundUp(max(size, 1), r.page))
 	var err error
 	if r.at, err = unix.MmapPtr(fd, 0, nil, r.length, unix.PROT_NONE, unix.MAP_PRIVATE|unix.MAP_NORESERVE); err != nil {
 		return nil
 	}
 	// Who locks all memory does not mean this.
 	_, _, _ = unix.Syscall(unix.SYS_MUNLOCK, uintptr(r.at), r.length, 0)
-	r.check()
 	return r
 }
 
 func (r *residence) close() { _ = unix.MunmapPtr(r.at, r.length) }
 
-// check finds out whether the kernel answers: to who may not write to the file it
-// says, since Linux 5.2, that all is there, also what lies behind the end.
-func (r *residence) check() {
-	var there [1]byte
-	last := r.length - uintptr(r.page)
-	r.lies.Store(!r.ask(last, there[:]) || there[0]&1 != 0)
-}
-
-// ask asks of the pages from at on.
-func (r *residence) ask(at uintptr, there []byte) bool {
-	_, _, errno := unix.RawSyscall(unix.SYS_MINCORE, uintptr(r.at)+at, uintptr(len(there))*uintptr(r.page), uintptr(unsafe.Pointer(unsafe.SliceData(there))))
-	return errno == 0
-}
-
-// has reports whether [off, off+n) is in the page cache.
-func (r *residence) has(off, n int64) bool {
-	if r.lies.Load() {
-		return false
+// mayAsk reports whether the kernel answers. Since Linux 5.2 it looks at who asks, and
+// tells others than the owner that all is there, or asks the server of the file first,
+// while the memory of this process is locked.
+func (r *residence) mayAsk() bool {
+	user := int64(os.Geteuid())
+	if r.user.Load() != user {
+		var st unix.Stat_t
+		trusted := unix.Fstat(r.fd, &st) == nil && int64(st.Uid) == user || mayActAsOwner()
+		r.trusted.Store(trusted)
+		r.user.Store(user)
 	}
-	if off+n > int64(r.length) {
+	return r.trusted.Load()
+}
+
+// mayActAsOwner reports whether this thread has CAP_FOWNER.
+func mayActAsOwner() bool {
+	head := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	return unix.Capget(&head, &data[0]) == nil && data[0].Effective&(1<<unix.CAP_FOWNER) != 0
+}
+
+// has reports whether [off, off+n) is in the page cache, and reading it is worth a try.
+func (r *residence) has(off, n int64) bool {
+	if off+n > int64(r.length) || r.left.Load() > 0 && r.left.Add(-1) >= 0 || !r.mayAsk() {
 		return false
 	}
 	var store [64]byte
 	end := roundUp(off+n, r.page)
 	for off -= off % r.page; off < end; {
 		there := store[:min((end-off)/r.page, int64(len(store)))]
-		if !r.ask(uintptr(off), there) {
+		_, _, errno := unix.RawSyscall(unix.SYS_MINCORE, uintptr(r.at)+uintptr(off), uintptr(len(there))*uintptr(r.page), uintptr(unsafe.Pointer(unsafe.SliceData(there))))
+		if errno != 0 {
 			return false
 		}
 		for _, b := range there {
@@ -81,12 +94,23 @@ func (r *residence) has(off, n int64) bool {
 	return true
 }
 
-// waited is how long a read of what is in the page cache does not take.
-const waited = time.Millisecond
+// atOnce is how long a read of what is in the page cache does not take, but where the
+// file system asks its server whether it is still good.
+const atOnce = time.Millisecond
 
-// took says how long a read took of what was there.
+// mostSkips bounds how many tries are left out.
+const mostSkips = 1 << 12
+
+// took says how long a read took of what was there. After a slow one some are not
+// tried, after each further twice as many.
 func (r *residence) took(d time.Duration) {
-	if d > waited {
-		r.check()
+	if d <= atOnce {
+		if r.skips.Load() > 0 {
+			r.skips.Store(0)
+		}
+		return
 	}
+	n := min(max(2*r.skips.Load(), 1), mostSkips)
+	r.skips.Store(n)
+	r.left.Store(n)
 }
