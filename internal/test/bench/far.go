@@ -24,6 +24,12 @@ type farAway struct {
 	server *exec.Cmd
 }
 
+// canBeFar reports whether there can be such a file system.
+func canBeFar() bool {
+	_, err := os.Stat("/dev/fuse")
+	return err == nil && os.Geteuid() == 0
+}
+
 // getFar is get for an image that is far away.
 func (i *images) getFar(w workload) (string, error) {
 	w.place = disk
@@ -57,7 +63,7 @@ func (i *images) getFar(w workload) (string, error) {
 			return f.image(), nil
 		}
 		if exited(f.server.Process.Pid) || time.Now().After(end) {
-			return "", errors.Join(errors.New("slowfs does not serve; it needs root and /dev/fuse"), f.close(), errors.New(output.String()))
+			return "", errors.Join(errors.New("slowfs does not serve: "+output.String()), f.close(), os.Remove(f.folder))
 		}
 	}
 }

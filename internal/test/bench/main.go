@@ -132,6 +132,10 @@ func run(ctx context.Context, args []string) error {
 		if !match.MatchString(w.name) || !w.quick && !o.full && o.match == "" {
 			continue
 		}
+		if w.far() && !canBeFar() {
+			fmt.Fprintf(os.Stderr, "bench: not measured, for want of root or /dev/fuse: %s\n", w.name)
+			continue
+		}
 		f, err := measure(ctx, o, w, servers, img)
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
