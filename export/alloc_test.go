@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/url"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 
 	"github.com/imgnbd/imgnbd/image"
@@ -29,6 +30,15 @@ func TestNoGarbage(t *testing.T) {
 		"waits": &hooked{Device: memDisk(t, 8<<20), tryReadAt: never},
 		"comes": &hooked{Device: memDisk(t, 8<<20), tryReadAt: underWayAlways},
 	}
+	arrives := &hooked{Device: memDisk(t, 8<<20)}
+	var tries atomic.Int64
+	arrives.tryReadAt = func(p []byte, off int64) error {
+		if tries.Add(1)%2 == 1 {
+			return image.ErrUnderWay
+		}
+		return arrives.Device.TryReadAt(p, off)
+	}
+	disks["arrives"] = arrives
 	if err := disks["qcow2"].WriteAt(pattern(0, 8<<20), 0, 0); err != nil {
 		t.Fatal(err)
 	}

@@ -30,8 +30,8 @@ type device struct {
 	flushes  taskList
 	flushing bool
 
-	dirty atomic.Bool // a write returned since the last flush began
-	brief atomic.Bool // the medium took no longer than briefWait for the last flush
+	dirty atomic.Int64 // bytes written, by what returned since the last flush began
+	brief atomic.Bool  // the medium took no longer than briefWait to make something durable
 
 	complaints complaints
 }
@@ -86,26 +86,26 @@ func (d *device) flush(t *task) {
 	}
 }
 
-// tryFlush flushes for the caller, if nobody else flushes.
-func (d *device) tryFlush() (tried bool, err error) {
-	d.flushMu.Lock()
-	if d.flushing {
-		d.flushMu.Unlock()
-		return false, nil
-	}
-	d.flushing = true
-	d.flushMu.Unlock()
-
-	err = d.sync()
-
+// claim makes the caller the one who flushes, until unclaim, unless somebody else is.
+func (d *device) claim() bool {
 	d.flushMu.Lock()
 	defer d.flushMu.Unlock()
-	if d.flushes.head != nil { // those of others are not for the caller to do
+	if d.flushing {
+		return false
+	}
+	d.flushing = true
+	return true
+}
+
+// unclaim leaves to others what was asked for meanwhile.
+func (d *device) unclaim() {
+	d.flushMu.Lock()
+	defer d.flushMu.Unlock()
+	if d.flushes.head != nil {
 		go d.commit()
 	} else {
 		d.flushing = false
 	}
-	return true, err
 }
 
 // commit flushes until nobody waits for it.
@@ -130,28 +130,39 @@ func (d *device) commit() {
 
 // sync flushes the device.
 func (d *device) sync() error {
-	d.dirty.Store(false)
+	dirty := d.dirty.Swap(0)
 	start := time.Now()
 	err := d.Flush()
 	d.waited(time.Since(start))
 	if err != nil {
-		d.dirty.Store(true)
+		d.dirty.Add(max(dirty, 1))
 	}
 	return err
 }
 
-// briefWait is how long a connection may wait for the medium where it could do
-// something else, if its client has been mistaken for one that waits, too.
-const briefWait = time.Millisecond
+// A line waits for the medium itself where the last time took no longer than
+// briefWait, and no more than briefBytes were written since.
+const (
+	briefWait  = time.Millisecond
+	briefBytes = 1 << 20
+)
+
+// isBrief reports whether making durable what was written is likely to be brief.
+func (d *device) isBrief() bool { return d.brief.Load() && d.dirty.Load() <= briefBytes }
 
 // waited notes how long the medium took to make something durable.
-func (d *device) waited(took time.Duration) { d.brief.Store(took <= briefWait) }
+func (d *device) waited(took time.Duration) {
+	if brief := took <= briefWait; d.brief.Load() != brief {
+		d.brief.Store(brief)
+	}
+}
 
-// touched notes a write that has returned. One that is noted before it is
-// made may be forgotten by a flush that does not cover it.
-func (d *device) touched() {
-	if !d.dirty.Load() {
-		d.dirty.Store(true)
+// touched notes a write of n bytes that has returned. One that is noted before it is
+// made may be forgotten by a flush that does not cover it. Beyond briefBytes it does not
+// matter how many there are.
+func (d *device) touched(n int64) {
+	if d.dirty.Load() <= briefBytes {
+		d.dirty.Add(max(min(n, briefBytes+1), 1))
 	}
 }
 

@@ -19,7 +19,7 @@ func (s *socket) linger(midst bool) {
 	}
 	start := time.Now()
 	for asked := 0; ; asked++ {
-		if s.arrived() {
+		if arrived, _ := s.arrived(); arrived {
 			// What is there at once in the midst of a write would have been
 			// without waiting.
 			if asked > 0 || !midst {
@@ -35,7 +35,7 @@ func (s *socket) linger(midst bool) {
 	}
 }
 
-func (s *socket) arrived() bool { return s.rc.Control(s.rd.ask) != nil || s.rd.arrived }
+func (s *socket) arrived() (bool, bool) { return s.rc.Control(s.rd.ask) != nil || s.rd.arrived, true }
 
 func (s *socket) askNow(fd uintptr) { s.rd.arrived = pollNow(fd, unix.POLLIN) }
 
@@ -54,6 +54,9 @@ func (r *restraint) holds() bool {
 }
 
 func (r *restraint) paid() { r.skips = 0 }
+
+// ease is paid, for what may be wrong again soon.
+func (r *restraint) ease() { r.skips /= 2 }
 
 func (r *restraint) inVain() {
 	r.skips = min(max(2*r.skips, 1), mostSkips)

@@ -154,6 +154,10 @@ func (s *session) readRuns(r *request, off, n int64, runs []run, byFile bool) er
 				}
 			}
 			rest := off + n - run.off
+			if err == image.ErrUnderWay && rest == r.n() && rest == run.n && rest < largeRead && s.mayFetch() {
+				s.line.fetch.keep(r)
+				return s.batched()
+			}
 			return s.leave(r, run.off, rest, err == image.ErrUnderWay && rest == run.n)
 		default:
 			return err

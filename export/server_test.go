@@ -754,11 +754,11 @@ func TestWaitOnLine(t *testing.T) {
 
 			brief()
 			p.write(request(p, 5))
+			<-begun
 			p.write(p.header(nbd.CmdRead, 0, 6, 0, 512))
 			if c := p.chunk(512); c.cookie != 6 {
 				t.Fatalf("the reply to %d came", c.cookie)
 			}
-			<-begun
 			goOn <- struct{}{}
 			if c := p.chunk(0); c.cookie != 5 {
 				t.Fatalf("the reply to %d came", c.cookie)
@@ -766,6 +766,162 @@ func TestWaitOnLine(t *testing.T) {
 
 			stalls.Store(false)
 		})
+	}
+}
+
+// TestMayWait: a line does not wait for the medium where that may take long, or while
+// its client may be waiting for something else.
+func TestMayWait(t *testing.T) {
+	const slow = 4096 // where reads are left to workers and wait
+	flush := func(p *peer) []byte { return p.header(nbd.CmdFlush, 0, 1, 0, 0) }
+	look := func(p *peer) []byte { return p.header(nbd.CmdRead, 0, 2, slow, 512) }
+	for name, tt := range map[string]struct {
+		lasting bool
+		shared  bool
+		try     error // what reads below slow get
+		ask     func(p, other *peer, begun chan struct{})
+	}{
+		"the last time took long": {lasting: true, ask: func(p, _ *peer, begun chan struct{}) {
+			p.write(flush(p))
+			<-begun
+			p.write(look(p))
+		}},
+		"more has arrived": {ask: func(p, _ *peer, _ chan struct{}) {
+			p.write(append(flush(p), look(p)...))
+		}},
+		"a read is in progress": {try: image.ErrWouldBlock, ask: func(p, _ *peer, begun chan struct{}) {
+			p.write(p.header(nbd.CmdRead, 0, 3, 0, 512))
+			<-begun
+			p.write(flush(p))
+			<-begun
+			p.write(look(p))
+		}},
+		"a read is under way": {try: image.ErrUnderWay, ask: func(p, _ *peer, begun chan struct{}) {
+			p.write(append(p.header(nbd.CmdRead, 0, 3, 0, 512), flush(p)...))
+			<-begun
+			p.write(look(p))
+		}},
+		"much was written": {ask: func(p, _ *peer, begun chan struct{}) {
+			p.ok(nbd.CmdWrite, 0, 0, briefBytes, make([]byte, briefBytes))
+			p.ok(nbd.CmdWrite, 0, 0, 512, make([]byte, 512))
+			p.write(flush(p))
+			<-begun
+			p.write(look(p))
+		}},
+		"a reply was not sent": {ask: func(p, _ *peer, _ chan struct{}) {
+			const n = 300 << 10
+			p.ok(nbd.CmdWrite, 0, 0, n, make([]byte, n))
+			p.write(append(p.header(nbd.CmdWrite, 0, 4, 0, n), make([]byte, n/2)...))
+			time.Sleep(20 * time.Millisecond)
+			p.write(append(make([]byte, n/2), flush(p)...))
+			if c := p.chunk(0); c.cookie != 4 {
+				t.Fatalf("the reply to %d came", c.cookie)
+			}
+			p.write(look(p))
+		}},
+		"somebody else flushes": {shared: true, ask: func(p, other *peer, begun chan struct{}) {
+			other.write(append(flush(other), look(other)...))
+			other.chunk(512)
+			<-begun
+			p.write(append(p.header(nbd.CmdWrite, nbd.CmdFlagFUA, 1, 0, 512), make([]byte, 512)...))
+			<-begun
+			p.write(look(p))
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dev := &hooked{Device: memDisk(t, 4<<20)}
+			begun, goOn := make(chan struct{}, 10), make(chan struct{})
+			wait := func() {
+				begun <- struct{}{}
+				<-goOn
+			}
+			dev.flush = func() error {
+				wait()
+				return nil
+			}
+			dev.writeAt = func(p []byte, off int64, flags image.WriteFlags) error {
+				if flags&image.FUA != 0 {
+					wait()
+				}
+				return dev.Device.WriteAt(p, off, 0)
+			}
+			dev.tryReadAt = func(p []byte, off int64) error {
+				if off < slow && tt.try != nil {
+					return tt.try
+				}
+				return dev.Device.TryReadAt(p, off)
+			}
+			dev.readAt = func(p []byte, off int64) (int, error) {
+				if tt.try == image.ErrWouldBlock {
+					wait()
+				}
+				return dev.Device.ReadAt(p, off)
+			}
+			s := serve(t, map[string]*Export{"": {Device: dev}}, nil)
+			p := s.connect("unix", "", simple)
+			other := p
+			if tt.shared {
+				other = s.connect("unix", "", simple)
+			}
+			other.ok(nbd.CmdRead, 0, slow, 512, nil) // both are being served
+			p.ok(nbd.CmdRead, 0, slow, 512, nil)
+			s.mu.Lock()
+			for _, d := range s.devices {
+				d.brief.Store(!tt.lasting)
+			}
+			s.mu.Unlock()
+			defer close(goOn)
+			tt.ask(p, other, begun)
+			for {
+				// That to the read that is under way may come before.
+				c := p.chunkOf(func(cookie uint64) int { return map[uint64]int{2: 512, 3: 512}[cookie] })
+				if c.cookie == 2 {
+					break
+				}
+				if c.cookie != 3 || tt.try != image.ErrUnderWay {
+					t.Fatalf("the reply to %d came", c.cookie)
+				}
+			}
+		})
+	}
+}
+
+// TestWriteThrough: what is written with FUA on the line goes where it belongs.
+func TestWriteThrough(t *testing.T) {
+	dev := &hooked{Device: memDisk(t, 1<<20)}
+	var fua atomic.Int64
+	dev.writeAt = func(p []byte, off int64, flags image.WriteFlags) error {
+		if flags&image.FUA != 0 {
+			fua.Add(1)
+		}
+		return dev.Device.WriteAt(p, off, flags)
+	}
+	s := serve(t, map[string]*Export{"": {Device: dev, Offset: 4096}}, nil)
+	p := s.connect("unix", "", simple)
+	brief := func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.devices[dev].isBrief()
+	}
+	if brief() {
+		t.Error("nothing was written, and that was brief")
+	}
+	for i := range uint64(10) { // by a worker, then on the line
+		p.ok(nbd.CmdWrite, nbd.CmdFlagFUA, i*512, 512, pattern(i*512, 512))
+	}
+	for try := 0; !brief(); try++ {
+		if try == 100 {
+			t.Fatal("it is never brief")
+		}
+		p.ok(nbd.CmdWrite, nbd.CmdFlagFUA, 0, 512, pattern(0, 512))
+	}
+	got := make([]byte, 5120)
+	if _, err := dev.Device.ReadAt(got, 4096); err != nil {
+		t.Fatal(err)
+	}
+	same(t, "what was written", got, pattern(0, 5120))
+	if n := fua.Load(); n < 10 {
+		t.Errorf("%d writes with FUA, want 10 at least", n)
 	}
 }
 

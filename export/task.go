@@ -119,14 +119,18 @@ func (s *session) perform(t *task) {
 		if r.has(nbd.CmdFlagFUA) {
 			flags = image.FUA
 		}
+		start := time.Now()
 		err = s.dev.WriteAt(t.buf.data(int(t.n)), s.export.Offset+t.off, flags)
-		s.dev.touched()
+		s.dev.touched(r.n())
+		if flags != 0 {
+			s.dev.waited(time.Since(start))
+		}
 	case nbd.CmdTrim:
 		err = s.inSteps(t, s.dev.Discard)
-		s.dev.touched()
+		s.dev.touched(r.n())
 	case nbd.CmdWriteZeroes:
 		err = s.writeZeroes(t)
-		s.dev.touched()
+		s.dev.touched(r.n())
 	case nbd.CmdCache:
 		err = s.cache(t)
 	case nbd.CmdBlockStatus:

@@ -46,6 +46,7 @@ type line struct {
 
 	slowUntil time.Time // writes go to workers
 	patience  restraint // of waiting for the medium
+	fetch     fetcher
 
 	ahead chan struct{} // one for each reply that was read and not sent
 
@@ -79,12 +80,13 @@ func (s *session) transmit(t transport) (err error) {
 	defer s.srv.transmitting.Add(-1)
 
 	err = s.serveRequests()
+	_ = s.stopFetching() // it fails as the connection does
 	sendErr := s.sendOut()
 	if waitErr := s.out.wait(); sendErr == nil {
 		sendErr = waitErr
 	}
 	s.loan.close(s.ctx)
-	if (s.stopping.Load() || errors.Is(err, errHanded)) && s.dev.dirty.Load() {
+	if (s.stopping.Load() || errors.Is(err, errHanded)) && s.dev.dirty.Load() > 0 {
 		if flushErr := s.dev.sync(); flushErr != nil {
 			s.srv.flushFailed(flushErr)
 			return flushErr
@@ -120,7 +122,9 @@ func (s *session) serveRequests() error {
 			return err
 		}
 		err := s.boundary()
-		if err == nil {
+		if err == nil && len(s.line.fetch.reads) > 0 {
+			err = s.fetch()
+		} else if err == nil {
 			err = s.fill()
 		}
 		if errors.Is(err, os.ErrDeadlineExceeded) && s.mayHandOver() {
@@ -148,8 +152,11 @@ func (s *session) sendOut() error {
 func (s *session) fill() error {
 	l := &s.line
 	single := l.served == 1
-	if l.served != lineShare { // which is all there is, or one share of more
-		s.out.t.hurry(l.served > lineShare)
+	switch {
+	case l.served > lineShare || len(l.fetch.reads) > lineShare/2:
+		s.out.t.hurry(true)
+	case l.served < lineShare: // else that is all there is, or one share of more
+		s.out.t.hurry(false)
 	}
 	l.served = 0
 	switch {
@@ -346,7 +353,11 @@ func (s *session) do(r *request, payload []byte) error {
 	case nbd.CmdRead:
 		return s.readHere(r)
 	case nbd.CmdWrite:
-		if s.mayWriteHere(r) {
+		if r.has(nbd.CmdFlagFUA) {
+			if s.mayWait() && s.dev.claim() {
+				return s.writeThrough(r, payload)
+			}
+		} else if s.mayWriteHere() {
 			return s.writeHere(r, payload)
 		}
 		t, err := s.newTask(r, len(payload), 0)
@@ -361,10 +372,10 @@ func (s *session) do(r *request, payload []byte) error {
 		s.dev.submit(t)
 		return nil
 	case nbd.CmdFlush:
-		if s.mayWait() {
-			if tried, err := s.dev.tryFlush(); tried {
-				return s.waited(r, err)
-			}
+		if s.mayWait() && s.dev.claim() {
+			err := s.dev.sync()
+			s.dev.unclaim()
+			return s.waited(r, err)
 		}
 		t, err := s.newTask(r, 0, 0)
 		if err != nil {
@@ -419,19 +430,20 @@ func (s *session) askStatus(r *request, payload []byte) error {
 	return nil
 }
 
-// mayWait reports whether the line may wait for the medium: not for long, and most
-// likely its client waits for the same.
+// mayWait reports whether the line may wait for the medium: not for long, and its client
+// waits for the same, since it has sent nothing else.
 func (s *session) mayWait() bool {
 	l := &s.line
-	return l.served == 1 && l.r == l.w && s.out.inProgress.Load() == 0 && s.dev.brief.Load() && !l.patience.holds()
+	idle := l.r == l.w && len(l.out) == 0 && len(l.fetch.reads) == 0 && s.out.inProgress.Load() == 0
+	return idle && s.dev.isBrief() && !l.patience.holds()
 }
 
 // waited answers a request for which the line has waited.
 func (s *session) waited(r *request, err error) error {
-	if s.out.t.arrived() {
-		s.line.patience.inVain()
+	if arrived, known := s.out.t.arrived(); known && !arrived {
+		s.line.patience.ease()
 	} else {
-		s.line.patience.paid()
+		s.line.patience.inVain()
 	}
 	if err != nil {
 		return s.reject(r, s.failed(r, err))
@@ -439,11 +451,18 @@ func (s *session) waited(r *request, err error) error {
 	return s.done(r)
 }
 
+// writeThrough writes on the line with FUA, as the one who flushes.
+func (s *session) writeThrough(r *request, p []byte) error {
+	start := time.Now()
+	err := s.dev.WriteAt(p, s.export.Offset+r.off(), image.FUA)
+	s.dev.waited(time.Since(start))
+	s.dev.touched(r.n())
+	s.dev.unclaim()
+	return s.waited(r, err)
+}
+
 // mayWriteHere reports whether a write is likely to be short.
-func (s *session) mayWriteHere(r *request) bool {
-	if r.has(nbd.CmdFlagFUA) {
-		return s.mayWait()
-	}
+func (s *session) mayWriteHere() bool {
 	l := &s.line
 	return l.slowUntil.IsZero() || time.Now().After(l.slowUntil)
 }
@@ -451,15 +470,9 @@ func (s *session) mayWriteHere(r *request) bool {
 // writeHere writes on the line.
 func (s *session) writeHere(r *request, p []byte) error {
 	start := time.Now()
-	if r.has(nbd.CmdFlagFUA) {
-		err := s.dev.WriteAt(p, s.export.Offset+r.off(), image.FUA)
-		s.dev.waited(time.Since(start))
-		s.dev.touched()
-		return s.waited(r, err)
-	}
 	err := s.dev.WriteAt(p, s.export.Offset+r.off(), 0)
 	took := time.Since(start)
-	s.dev.touched()
+	s.dev.touched(r.n())
 	s.line.slowUntil = time.Time{}
 	if took > slowWrite+time.Duration(len(p))*slowWritePerByte {
 		s.line.slowUntil = start.Add(took + slowWritePause)
@@ -508,7 +521,7 @@ func (s *session) streamWrite(r *request) error {
 		p := l.in[l.r:min(int64(l.w), int64(l.r)+left)]
 		if failure == nil {
 			failure = s.dev.WriteAt(p, s.export.Offset+off, flags)
-			s.dev.touched()
+			s.dev.touched(int64(len(p)))
 		}
 		l.r += len(p)
 		off += int64(len(p))
@@ -550,7 +563,7 @@ func (s *session) finishWrite(t *task, have int) error {
 	if len(p) <= expectLimit {
 		l.expect = len(p)
 	}
-	if !s.mayWriteHere(&t.req) {
+	if t.req.has(nbd.CmdFlagFUA) || !s.mayWriteHere() {
 		s.dev.submit(t)
 		return nil
 	}

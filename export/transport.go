@@ -24,8 +24,8 @@ type transport interface {
 	// write, or after a single request, whose client probably waits for the reply.
 	linger(midst bool)
 
-	// arrived reports whether read would not wait, or the transport cannot tell.
-	arrived() bool
+	// arrived reports whether read would not wait, if the transport can tell.
+	arrived() (arrived, known bool)
 
 	// hurry says whether many requests arrive at a time.
 	hurry(many bool)
@@ -73,7 +73,7 @@ func (s stream) ready() (bool, error) { return false, nil }
 
 func (s stream) linger(bool) {}
 
-func (s stream) arrived() bool { return true }
+func (s stream) arrived() (bool, bool) { return false, false }
 
 func (s stream) hurry(bool) {}
 

@@ -3,6 +3,7 @@ package export
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -17,6 +18,12 @@ import (
 // error, whether they have arrived when they are looked at, are waited for, or
 // fail; and nothing is left of those whose client went.
 func TestUnderWay(t *testing.T) {
+	for clients := range 2 { // the line of an only one waits by itself
+		t.Run(fmt.Sprint(clients+1), func(t *testing.T) { underWayOf(t, clients+1) })
+	}
+}
+
+func underWayOf(t *testing.T, clients int) {
 	const size, block, count, bad = 1 << 20, 4096, 1 << 20 / 4096, 77 * 4096
 	each(t, func(t *testing.T, network string, style style) {
 		disk := &hooked{Device: memDisk(t, size)}
@@ -37,7 +44,10 @@ func TestUnderWay(t *testing.T) {
 			return disk.Device.ReadAt(p, off)
 		}
 		s := serve(t, map[string]*Export{"": {Device: disk}}, nil)
-		peers := []*peer{s.connect(network, "", style), s.connect(network, "", style)}
+		var peers []*peer
+		for range clients {
+			peers = append(peers, s.connect(network, "", style))
+		}
 		ask := func(p *peer) {
 			var all []byte
 			for i := range uint64(count) {

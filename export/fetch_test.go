@@ -1,0 +1,174 @@
+package export
+
+import (
+	"runtime"
+	"sync/atomic"
+	"testing"
+
+	"github.com/imgnbd/imgnbd/image"
+	"github.com/imgnbd/imgnbd/internal/nbd"
+)
+
+// fetching is a Device of which reads are under way until they are let in.
+type fetching struct {
+	hooked
+	arrived atomic.Bool
+	tries   atomic.Int64
+	reads   atomic.Int64 // that waited
+}
+
+func newFetching(t *testing.T) *fetching {
+	d := &fetching{hooked: hooked{Device: memDisk(t, 1<<20)}}
+	if err := d.Device.WriteAt(pattern(0, 1<<20), 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	d.tryReadAt = func(p []byte, off int64) error {
+		d.tries.Add(1)
+		if !d.arrived.Load() && off >= 4096 {
+			return image.ErrUnderWay
+		}
+		return d.Device.TryReadAt(p, off)
+	}
+	d.readAt = func(p []byte, off int64) (int, error) {
+		d.reads.Add(1)
+		return d.Device.ReadAt(p, off)
+	}
+	// A line that is alone on its processor does not look.
+	old := runtime.GOMAXPROCS(0)
+	if old == 1 {
+		runtime.GOMAXPROCS(2)
+		t.Cleanup(func() { runtime.GOMAXPROCS(old) })
+	}
+	return d
+}
+
+// read4k takes the replies to reads of 4 KiB whose cookies are where, in any order.
+func (p *peer) read4k(offsets ...uint64) {
+	p.t.Helper()
+	left := map[uint64]bool{}
+	for _, off := range offsets {
+		left[off] = true
+	}
+	for range offsets {
+		c := p.chunk(4096)
+		if !left[c.cookie] || c.errno != 0 {
+			p.t.Fatalf("the reply to %d came, error %d, want those to %v", c.cookie, c.errno, offsets)
+		}
+		delete(left, c.cookie)
+		same(p.t, "a read", c.data, pattern(c.cookie, 4096))
+	}
+}
+
+func (p *peer) ask4k(offsets ...uint64) {
+	p.t.Helper()
+	var all []byte
+	for _, off := range offsets {
+		all = append(all, p.header(nbd.CmdRead, 0, off, off, 4096)...)
+	}
+	p.write(all)
+}
+
+// TestFetch: the line itself answers reads whose data arrives soon.
+func TestFetch(t *testing.T) {
+	d := newFetching(t)
+	s := serve(t, map[string]*Export{"": {Device: d}}, nil)
+	for try := 0; ; try++ {
+		// A machine that is busy may have made the line wait for too long.
+		if try == 100 {
+			t.Fatal("each time somebody else has waited for a read")
+		}
+		p := s.connect("unix", "", simple)
+		reads, tries := d.reads.Load(), d.tries.Load()
+		d.arrived.Store(false)
+		p.ask4k(4096, 8192, 12288)
+		for d.tries.Load() < tries+4 && d.reads.Load() == reads { // three, and again the first
+			runtime.Gosched()
+		}
+		d.arrived.Store(true)
+		p.read4k(4096, 8192, 12288)
+		p.conn.Close()
+		if d.reads.Load() == reads {
+			return
+		}
+	}
+}
+
+// TestFetchServes: while the line looks for what is under way it serves what comes,
+// and what does not arrive is waited for by others, which it then does not hold up.
+func TestFetchServes(t *testing.T) {
+	d := newFetching(t)
+	goOn := make(chan struct{})
+	wait := d.readAt
+	d.readAt = func(p []byte, off int64) (int, error) {
+		<-goOn
+		return wait(p, off)
+	}
+	s := serve(t, map[string]*Export{"": {Device: d}}, nil)
+	p := s.connect("unix", "", simple)
+	for range 20 {
+		p.ask4k(4096, 8192)
+		p.ask4k(0)
+		p.read4k(0)
+		goOn <- struct{}{}
+		goOn <- struct{}{}
+		p.read4k(4096, 8192)
+	}
+}
+
+// TestFetchInMidst: reads under way are answered though the client is in the midst of
+// a request, or leaves, or the connection is handed over.
+func TestFetchInMidst(t *testing.T) {
+	for name, n := range map[string]int{"small write": 512, "large write": largeWrite + 512} {
+		t.Run(name, func(t *testing.T) {
+			d := newFetching(t)
+			s := serve(t, map[string]*Export{"": {Device: d}}, nil)
+			p := s.connect("unix", "", simple)
+			write := append(p.header(nbd.CmdWrite, 0, 1, 0, uint64(n)), make([]byte, n)...)
+			p.write(append(p.header(nbd.CmdRead, 0, 4096, 4096, 4096), write[:100]...))
+			p.read4k(4096)
+			p.write(write[100:])
+			if c := p.chunk(0); c.cookie != 1 || c.errno != 0 {
+				t.Fatalf("the reply to %d came, error %d", c.cookie, c.errno)
+			}
+		})
+	}
+	t.Run("refused", func(t *testing.T) {
+		d := newFetching(t)
+		s := serve(t, map[string]*Export{"": {Device: d}}, nil)
+		p := s.connect("unix", "", simple)
+		p.write(append(p.header(nbd.CmdRead, 0, 4096, 4096, 4096), p.header(nbd.CmdWrite, 0, 1, 2<<20, 600000)...))
+		for range 2 {
+			if c := p.chunk(4096); c.cookie == 1 && c.errno != nbd.ENOSPC || c.cookie != 1 && c.errno != 0 {
+				t.Fatalf("the reply to %d came, error %d", c.cookie, c.errno)
+			}
+		}
+		p.write(make([]byte, 600000))
+		p.ok(nbd.CmdFlush, 0, 0, 0, nil)
+	})
+	t.Run("disconnect", func(t *testing.T) {
+		d := newFetching(t)
+		s := serve(t, map[string]*Export{"": {Device: d}}, nil)
+		p := s.connect("unix", "", simple)
+		p.write(append(p.header(nbd.CmdRead, 0, 4096, 4096, 4096), p.header(nbd.CmdDisc, 0, 0, 0, 0)...))
+		p.read4k(4096)
+		if !p.gone() {
+			t.Error("the connection is open")
+		}
+	})
+	t.Run("hand-over", func(t *testing.T) {
+		d := newFetching(t)
+		e := &Export{Name: "e", Device: d}
+		first := serve(t, map[string]*Export{"e": e}, nil)
+		p := first.connect("unix", "e", simple)
+		s := first.Server
+		for range 10 {
+			tries := d.tries.Load()
+			p.ask4k(4096, 8192)
+			for d.tries.Load() == tries {
+				runtime.Gosched()
+			}
+			s = handOver(t, s, e)
+			p.read4k(4096, 8192)
+		}
+	})
+}
