@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -183,9 +184,19 @@ func TestTakeoverOnFullDevice(t *testing.T) {
 	pass(im.Close())
 	copy(memory, left)
 
-	open := func(b []byte) (*Image, error) {
+	open := func(b []byte) (im *Image, err error) {
 		device := new(storagetest.Log).NewStore(b, storage.Info{FixedSize: true})
-		return Open(context.Background(), device, image.Options{Journal: memory})
+		opened := make(chan struct{})
+		go func() {
+			defer close(opened)
+			im, err = Open(context.Background(), device, image.Options{Journal: memory})
+		}()
+		select {
+		case <-opened:
+		case <-time.After(time.Minute):
+			t.Fatal("the takeover does not end")
+		}
+		return im, err
 	}
 	if _, err := open(store); !storage.NoSpace(err) {
 		t.Fatalf("a full device: %v", err)
