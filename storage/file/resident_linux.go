@@ -18,8 +18,7 @@ type residence struct {
 	length uintptr // bytes that are mapped
 	page   int64   // of memory, in bytes
 
-	user    atomic.Int64 // who was looked at; -1: nobody
-	trusted atomic.Bool  // that user gets answers, and at once
+	asker atomic.Int64 // who was looked at: 2 times its number, and 1 if it may ask; -1: nobody
 
 	skips, left atomic.Int32 // of reads that were slow
 }
@@ -34,11 +33,11 @@ func newResidence(fd int, size int64, grows bool) *residence {
 		return nil
 	}
 	r := &residence{fd: fd, page: int64(os.Getpagesize())}
-	r.user.Store(-1)
+	r.asker.Store(-1)
 	if grows {
 		size += residenceMore
 	}
-	r.length = uintptr(roundUp(max(size, 1), r.page))
+	r.length = uintptr(roundUp(size, r.page) + r.page) // one at least behind the end
 	var err error
 	if r.at, err = unix.MmapPtr(fd, 0, nil, r.length, unix.PROT_NONE, unix.MAP_PRIVATE|unix.MAP_NORESERVE); err != nil {
 		return nil
@@ -55,13 +54,20 @@ func (r *residence) close() { _ = unix.MunmapPtr(r.at, r.length) }
 // while the memory of this process is locked.
 func (r *residence) mayAsk() bool {
 	user := int64(os.Geteuid())
-	if r.user.Load() != user {
-		var st unix.Stat_t
-		trusted := unix.Fstat(r.fd, &st) == nil && int64(st.Uid) == user || mayActAsOwner()
-		r.trusted.Store(trusted)
-		r.user.Store(user)
+	asker := r.asker.Load()
+	if asker>>1 != user {
+		asker = user << 1
+		if r.owned(user) || mayActAsOwner() && !r.told(int64(r.length)-r.page, r.page) {
+			asker |= 1 // in a user namespace the capability may not count: then all is there
+		}
+		r.asker.Store(asker)
 	}
-	return r.trusted.Load()
+	return asker&1 != 0
+}
+
+func (r *residence) owned(user int64) bool {
+	var st unix.Stat_t
+	return unix.Fstat(r.fd, &st) == nil && int64(st.Uid) == user
 }
 
 // mayActAsOwner reports whether this thread has CAP_FOWNER.
@@ -73,9 +79,14 @@ func mayActAsOwner() bool {
 
 // has reports whether [off, off+n) is in the page cache, and reading it is worth a try.
 func (r *residence) has(off, n int64) bool {
-	if off+n > int64(r.length) || r.left.Load() > 0 && r.left.Add(-1) >= 0 || !r.mayAsk() {
+	if off+n > int64(r.length) || r.left.Load() > 0 && r.left.Add(-1) >= 0 {
 		return false
 	}
+	return r.mayAsk() && r.told(off, n)
+}
+
+// told reports whether the kernel says that [off, off+n) is in the page cache.
+func (r *residence) told(off, n int64) bool {
 	var store [64]byte
 	end := roundUp(off+n, r.page)
 	for off -= off % r.page; off < end; {
