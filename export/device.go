@@ -157,6 +157,14 @@ func (d *device) waited(took time.Duration) {
 	}
 }
 
+// wroteThrough notes a write with FUA that has returned, and how long it took.
+func (d *device) wroteThrough(took time.Duration) {
+	d.waited(took)
+	if d.dirty.Load() == 0 {
+		d.dirty.Add(1) // what belongs to it may not be durable
+	}
+}
+
 // touched notes a write of n bytes that has returned. One that is noted before it is
 // made may be forgotten by a flush that does not cover it. Beyond briefBytes it does not
 // matter how many there are.

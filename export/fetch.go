@@ -1,7 +1,6 @@
 package export
 
 import (
-	"runtime"
 	"time"
 
 	"github.com/imgnbd/imgnbd/image"
@@ -13,32 +12,45 @@ import (
 // there and from the client: whoever slept would have to be woken, as often as not
 // later than the next comes. Where that does not pay, others wait for them (underWay).
 type fetcher struct {
-	reads     []request // oldest first
-	answered  int       // since spent was 0
+	reads     taskList // oldest first
+	kept      int      // of them
+	since     time.Time
+	answered  int // since spent was 0
 	spent     time.Duration
 	restraint restraint
 }
 
 const (
 	fetchMost = 64                    // reads of a connection
-	fetchLook = time.Millisecond      // how long nothing may arrive
+	fetchLook = time.Millisecond      // how long none may arrive
 	fetchCost = 20 * time.Microsecond // that may be spent in vain for a read that is answered
 )
 
-// mayFetch reports whether the line keeps one more read.
-func (s *session) mayFetch() bool {
-	l := &s.line
-	if n := len(l.fetch.reads); n > 0 {
-		return n < min(fetchMost, s.srv.Limits.Requests)
+// keep has the line wait for r, all of which is under way. It reports whether it does.
+func (s *session) keep(r *request) bool {
+	f := &s.line.fetch
+	switch {
+	case f.kept == fetchMost:
+		return false
+	case f.kept == 0:
+		if !s.line.shares || s.srv.transmitting.Load() > 1 || f.restraint.holds() {
+			return false
+		}
+		f.since = time.Now()
 	}
-	return l.shares && s.srv.transmitting.Load() == 1 && !l.fetch.restraint.holds()
+	t := s.tryTask(r, int(r.n()))
+	if t == nil {
+		return false
+	}
+	f.reads.push(t)
+	f.kept++
+	return true
 }
 
-// fetch answers the reads that the line keeps, until there is more input.
+// fetch answers the reads that the line keeps, until there is more input or it does not pay.
 func (s *session) fetch() error {
 	f := &s.line.fetch
-	last, idle := time.Now(), time.Duration(0)
-	for len(f.reads) > 0 {
+	for last := time.Now(); f.kept > 0; {
 		n, err := s.takeArrived()
 		if err != nil {
 			return err
@@ -47,73 +59,72 @@ func (s *session) fetch() error {
 			return err
 		}
 		arrived, known := s.out.t.arrived()
-		if arrived && known {
-			break
-		}
 		now := time.Now()
-		if n == 0 {
-			idle += now.Sub(last)
+		if n > 0 {
+			f.since = now
+		} else if !arrived {
 			f.spent += now.Sub(last)
-			runtime.Gosched()
-		} else {
-			idle = 0
 		}
 		last = now
-		if !known || idle > fetchLook || s.srv.transmitting.Load() > 1 {
+		if !known || now.Sub(f.since) > fetchLook || s.srv.transmitting.Load() > 1 {
 			f.restraint.inVain()
-			f.answered, f.spent = 0, 0
-			if err := s.stopFetching(); err != nil {
-				return err
-			}
+			s.stopFetching()
+		}
+		if arrived {
+			break
 		}
 	}
-	if f.answered >= fetchMost || len(f.reads) == 0 && f.answered > 0 {
-		if f.spent > time.Duration(f.answered)*fetchCost {
-			f.restraint.inVain()
-		} else {
-			f.restraint.paid()
-		}
-		f.answered, f.spent = 0, 0
+	if !f.pays() {
+		s.stopFetching()
 	}
 	return s.fill()
 }
 
-// keep has the line wait for a read.
-func (f *fetcher) keep(r *request) {
-	if f.reads == nil {
-		f.reads = make([]request, 0, fetchMost)
+// pays judges what was spent, now and then.
+func (f *fetcher) pays() bool {
+	if f.answered < fetchMost && (f.kept > 0 || f.answered == 0) {
+		return true // it is too early to tell
 	}
-	f.reads = append(f.reads, *r)
+	pays := f.spent <= time.Duration(f.answered)*fetchCost
+	if pays {
+		f.restraint.paid()
+	} else {
+		f.restraint.inVain()
+	}
+	f.answered, f.spent = 0, 0
+	return pays
 }
 
 // takeArrived answers some of the oldest reads, whose data has arrived, and returns how
 // many: the client takes these while the next are looked at.
 func (s *session) takeArrived() (int, error) {
 	f := &s.line.fetch
-	n := 0
-	for ; n < min(len(f.reads), lineShare); n++ {
-		r := &f.reads[n]
-		err := s.copyRun(r, run{r.off(), r.n(), false}, nbd.ReplyFlagDone)
+	for n := range lineShare {
+		t := f.reads.head
+		if t == nil {
+			return n, nil
+		}
+		err := s.copyRun(&t.req, run{t.off, t.n, false}, nbd.ReplyFlagDone)
 		if err == image.ErrWouldBlock || err == image.ErrUnderWay {
-			break
+			return n, nil
 		}
 		if err != nil {
 			return n, err
 		}
+		f.reads.pop()
+		f.kept--
+		f.answered++
+		s.endTask(t)
 	}
-	f.reads = f.reads[:copy(f.reads, f.reads[n:])]
-	f.answered += n
-	return n, nil
+	return lineShare, nil
 }
 
-// stopFetching has others wait for what the line keeps.
-func (s *session) stopFetching() error {
-	reads := s.line.fetch.reads
-	s.line.fetch.reads = reads[:0]
-	for i := range reads {
-		if err := s.leave(&reads[i], reads[i].off(), reads[i].n(), true); err != nil {
-			return err
-		}
+// stopFetching has others wait for what the line keeps. Whatever makes the line wait for
+// something else calls it before.
+func (s *session) stopFetching() {
+	f := &s.line.fetch
+	for t := f.reads.pop(); t != nil; t = f.reads.pop() {
+		s.dev.under.add(t)
 	}
-	return nil
+	f.kept, f.answered, f.spent = 0, 0, 0
 }

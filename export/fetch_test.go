@@ -2,8 +2,10 @@ package export
 
 import (
 	"runtime"
+	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/internal/nbd"
@@ -132,6 +134,47 @@ func TestFetchInMidst(t *testing.T) {
 			}
 		})
 	}
+	// The line has to wait for a place, or for memory, that the read has.
+	for name, limits := range map[string]Limits{
+		"requests": {Requests: 1}, "bytes of the connection": {ConnBytes: 256 << 10}, "memory": {Memory: 1030 << 10},
+	} {
+		t.Run("large write, few "+name, func(t *testing.T) {
+			const n = 900 << 10
+			d := newFetching(t)
+			s := serve(t, map[string]*Export{"": {Device: d}}, func(s *Server) { s.Limits = limits })
+			p := s.connect("unix", "", simple)
+			p.write(append(p.header(nbd.CmdRead, 0, 4096, 4096, 4096), append(p.header(nbd.CmdWrite, 0, 1, 0, n), make([]byte, n/2)...)...))
+			p.read4k(4096)
+			p.write(make([]byte, n/2))
+			if c := p.chunk(0); c.cookie != 1 || c.errno != 0 {
+				t.Fatalf("the reply to %d came, error %d", c.cookie, c.errno)
+			}
+		})
+	}
+	t.Run("stalled flushes", func(t *testing.T) {
+		d := newFetching(t)
+		goOn := make(chan struct{})
+		d.flush = func() error {
+			<-goOn
+			return nil
+		}
+		defer close(goOn)
+		s := serve(t, map[string]*Export{"": {Device: d}}, func(s *Server) { s.Limits = Limits{Requests: 4} })
+		p := s.connect("unix", "", simple)
+		all := p.header(nbd.CmdRead, 0, 4096, 4096, 4096)
+		for range 5 {
+			all = append(all, p.header(nbd.CmdFlush, 0, 1, 0, 0)...)
+		}
+		p.write(all)
+		p.read4k(4096)
+		s.mu.Lock()
+		for ses := range s.sessions {
+			if n := ses.out.inProgress.Load(); n > 4 {
+				t.Errorf("%d requests are in progress, of 4", n)
+			}
+		}
+		s.mu.Unlock()
+	})
 	t.Run("refused", func(t *testing.T) {
 		d := newFetching(t)
 		s := serve(t, map[string]*Export{"": {Device: d}}, nil)
@@ -171,4 +214,78 @@ func TestFetchInMidst(t *testing.T) {
 			p.read4k(4096, 8192)
 		}
 	})
+}
+
+// TestFetchPays: looking is given up where it takes too long for what it brings.
+func TestFetchPays(t *testing.T) {
+	var f fetcher
+	judge := func(kept, answered int, spent time.Duration) (pays bool, skips int) {
+		f.kept, f.answered, f.spent = kept, answered, spent
+		pays = f.pays()
+		return pays, f.restraint.skips
+	}
+	for _, tt := range []struct {
+		kept, answered int
+		spent          time.Duration
+		pays           bool
+		skips          int
+	}{
+		{8, 63, time.Second, true, 0}, // too early
+		{8, 64, 64 * fetchCost, true, 0},
+		{8, 64, 64*fetchCost + 1, false, 1},
+		{0, 1, fetchCost + 1, false, 2},
+		{0, 1, fetchCost, true, 0},
+		{0, 0, 0, true, 0}, // nothing to judge
+	} {
+		if pays, skips := judge(tt.kept, tt.answered, tt.spent); pays != tt.pays || skips != tt.skips {
+			t.Errorf("%+v: %v, %d", tt, pays, skips)
+		}
+	}
+}
+
+// TestFetchStops: while the medium gives one read at a time and not soon, the line does
+// not look for long, though there is always one that it could wait for.
+func TestFetchStops(t *testing.T) {
+	d := newFetching(t)
+	var mu sync.Mutex
+	var next time.Time
+	come := func() bool {
+		mu.Lock()
+		defer mu.Unlock()
+		if time.Now().Before(next) {
+			return false
+		}
+		next = time.Now().Add(300 * time.Microsecond)
+		return true
+	}
+	d.tryReadAt = func(p []byte, off int64) error {
+		d.tries.Add(1)
+		if !come() {
+			return image.ErrUnderWay
+		}
+		return d.Device.TryReadAt(p, off)
+	}
+	d.readAt = func(p []byte, off int64) (int, error) {
+		for !come() {
+			time.Sleep(50 * time.Microsecond)
+		}
+		return d.Device.ReadAt(p, off)
+	}
+	s := serve(t, map[string]*Export{"": {Device: d}}, nil)
+	p := s.connect("unix", "", simple)
+	p.ask4k(0, 0, 0, 0, 0, 0, 0, 0)
+	half := int64(0)
+	for i := range 500 {
+		if i == 250 {
+			half = d.tries.Load()
+		}
+		p.read4k(0)
+		p.ask4k(0)
+	}
+	for range 8 {
+		p.read4k(0)
+	}
+	if late := d.tries.Load() - half; late > half/2 {
+		t.Errorf("the line has looked %d times, then %d times", half, late)
+	}
 }

@@ -88,9 +88,7 @@ func (s *session) boundary() error {
 // receive reads in the midst of a request, which is finished whatever else is
 // to happen.
 func (s *session) receive(a, b []byte) (int, error) {
-	if err := s.stopFetching(); err != nil {
-		return 0, err
-	}
+	s.stopFetching()
 	n, err := s.out.t.read(a, b)
 	if n > 0 || !errors.Is(err, os.ErrDeadlineExceeded) || !s.mayHandOver() {
 		return n, err

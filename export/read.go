@@ -154,8 +154,7 @@ func (s *session) readRuns(r *request, off, n int64, runs []run, byFile bool) er
 				}
 			}
 			rest := off + n - run.off
-			if err == image.ErrUnderWay && rest == r.n() && rest == run.n && rest < largeRead && s.mayFetch() {
-				s.line.fetch.keep(r)
+			if err == image.ErrUnderWay && rest == r.n() && rest == run.n && rest < largeRead && s.keep(r) {
 				return s.batched()
 			}
 			return s.leave(r, run.off, rest, err == image.ErrUnderWay && rest == run.n)
@@ -204,7 +203,12 @@ func (s *session) forwardRun(r *request, run run, flags uint16) error {
 	if err := s.sendOut(); err != nil {
 		return err
 	}
-	s.line.ahead <- struct{}{}
+	select {
+	case s.line.ahead <- struct{}{}:
+	default:
+		s.stopFetching()
+		s.line.ahead <- struct{}{}
+	}
 	n := int(run.n)
 	t, err := s.newTask(r, n, 0)
 	if err != nil {

@@ -898,6 +898,7 @@ func TestWriteThrough(t *testing.T) {
 	}
 	s := serve(t, map[string]*Export{"": {Device: dev, Offset: 4096}}, nil)
 	p := s.connect("unix", "", simple)
+	p.ok(nbd.CmdRead, 0, 0, 512, nil) // it is being served
 	brief := func() bool {
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -908,6 +909,9 @@ func TestWriteThrough(t *testing.T) {
 	}
 	for i := range uint64(10) { // by a worker, then on the line
 		p.ok(nbd.CmdWrite, nbd.CmdFlagFUA, i*512, 512, pattern(i*512, 512))
+	}
+	for range 2 * briefBytes / largeWrite { // it is durable, however much
+		p.ok(nbd.CmdWrite, nbd.CmdFlagFUA, 8192, largeWrite, make([]byte, largeWrite))
 	}
 	for try := 0; !brief(); try++ {
 		if try == 100 {

@@ -48,11 +48,9 @@ func (t *task) smallSize() int {
 // fails when the connection ends. With errScarce there is no memory, and nothing
 // of the connection's to wait for: the request has to be served without.
 func (s *session) newTask(r *request, n int, hold int64) (*task, error) {
-	charge := taskOverhead + hold
-	if n > 0 {
-		charge += bufferSize(n)
-	}
+	charge := chargeOf(n, hold)
 	if !s.out.tryBegin(charge, &s.srv.Limits) {
+		s.stopFetching()
 		if err := s.sendOut(); err != nil { // before waiting
 			return nil, err
 		}
@@ -61,6 +59,7 @@ func (s *session) newTask(r *request, n int, hold int64) (*task, error) {
 		}
 	}
 	if !s.srv.memory.tryTake(charge, &s.out.inProgress) {
+		s.stopFetching()
 		if err := s.sendOut(); err != nil {
 			s.out.end(charge, nil)
 			return nil, err
@@ -71,14 +70,49 @@ func (s *session) newTask(r *request, n int, hold int64) (*task, error) {
 			return nil, errScarce
 		}
 	}
+	t, err := s.makeTask(r, n, charge)
+	if err != nil {
+		s.srv.reached(limitMemory, "client", s.client.Addr, "err", err)
+		return nil, errScarce
+	}
+	return t, nil
+}
+
+// tryTask is newTask, but returns nil where that would wait or fail.
+func (s *session) tryTask(r *request, n int) *task {
+	charge := chargeOf(n, 0)
+	if !s.out.tryBegin(charge, &s.srv.Limits) {
+		return nil
+	}
+	if !s.srv.memory.tryTake(charge, &s.out.inProgress) {
+		s.out.end(charge, nil)
+		return nil
+	}
+	t, err := s.makeTask(r, n, charge)
+	if err != nil {
+		return nil
+	}
+	return t
+}
+
+// chargeOf is what a task is taken to hold, in bytes.
+func chargeOf(n int, hold int64) int64 {
+	charge := taskOverhead + hold
+	if n > 0 {
+		charge += bufferSize(n)
+	}
+	return charge
+}
+
+// makeTask makes a task that has been counted.
+func (s *session) makeTask(r *request, n int, charge int64) (*task, error) {
 	t := tasks.Get().(*task)
 	t.session, t.req, t.off, t.n, t.charge = s, *r, r.off(), r.n(), charge
 	if n > 0 {
 		var err error
 		if t.buf, err = s.srv.bufs.get(n); err != nil {
 			s.endTask(t)
-			s.srv.reached(limitMemory, "client", s.client.Addr, "err", err)
-			return nil, errScarce
+			return nil, err
 		}
 	}
 	return t, nil
@@ -121,9 +155,10 @@ func (s *session) perform(t *task) {
 		}
 		start := time.Now()
 		err = s.dev.WriteAt(t.buf.data(int(t.n)), s.export.Offset+t.off, flags)
-		s.dev.touched(r.n())
 		if flags != 0 {
-			s.dev.waited(time.Since(start))
+			s.dev.wroteThrough(time.Since(start))
+		} else {
+			s.dev.touched(r.n())
 		}
 	case nbd.CmdTrim:
 		err = s.inSteps(t, s.dev.Discard)

@@ -80,7 +80,7 @@ func (s *session) transmit(t transport) (err error) {
 	defer s.srv.transmitting.Add(-1)
 
 	err = s.serveRequests()
-	_ = s.stopFetching() // it fails as the connection does
+	s.stopFetching()
 	sendErr := s.sendOut()
 	if waitErr := s.out.wait(); sendErr == nil {
 		sendErr = waitErr
@@ -122,7 +122,7 @@ func (s *session) serveRequests() error {
 			return err
 		}
 		err := s.boundary()
-		if err == nil && len(s.line.fetch.reads) > 0 {
+		if err == nil && s.line.fetch.kept > 0 {
 			err = s.fetch()
 		} else if err == nil {
 			err = s.fill()
@@ -153,7 +153,7 @@ func (s *session) fill() error {
 	l := &s.line
 	single := l.served == 1
 	switch {
-	case l.served > lineShare || len(l.fetch.reads) > lineShare/2:
+	case l.served > lineShare || l.fetch.kept > lineShare/2:
 		s.out.t.hurry(true)
 	case l.served < lineShare: // else that is all there is, or one share of more
 		s.out.t.hurry(false)
@@ -434,7 +434,7 @@ func (s *session) askStatus(r *request, payload []byte) error {
 // waits for the same, since it has sent nothing else.
 func (s *session) mayWait() bool {
 	l := &s.line
-	idle := l.r == l.w && len(l.out) == 0 && len(l.fetch.reads) == 0 && s.out.inProgress.Load() == 0
+	idle := l.r == l.w && len(l.out) == 0 && s.out.inProgress.Load() == 0
 	return idle && s.dev.isBrief() && !l.patience.holds()
 }
 
@@ -455,8 +455,7 @@ func (s *session) waited(r *request, err error) error {
 func (s *session) writeThrough(r *request, p []byte) error {
 	start := time.Now()
 	err := s.dev.WriteAt(p, s.export.Offset+r.off(), image.FUA)
-	s.dev.waited(time.Since(start))
-	s.dev.touched(r.n())
+	s.dev.wroteThrough(time.Since(start))
 	s.dev.unclaim()
 	return s.waited(r, err)
 }
