@@ -146,7 +146,9 @@ func (opt *Options) machine(t testing.TB, kernel, own string) []string {
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-machine", "q35,usb=off,smbus=off,sata=off,vmport=off,graphics=off",
 		"-accel", "tcg,thread=multi,tb-size=256",
-		"-cpu", "max,-erms", // emulated, a string instruction moves bytes one by one
+		// Emulated, a string instruction moves bytes one by one, and once cmpxchg16b, which
+		// the kernel's allocator uses, left flags that no processor has: the guest died.
+		"-cpu", "max,-erms,-cx16",
 		"-smp", "2", "-m", strconv.Itoa(memory),
 		"-kernel", filepath.Join(kernel, "vmlinux"), "-initrd", filepath.Join(kernel, "initramfs"),
 		"-append", "console=ttyS0 panic=-1 mitigations=off nokaslr nowatchdog random.trust_cpu=on audit=0 loglevel=6 cryptomgr.notests no_timer_check " + clock(t),
