@@ -55,7 +55,7 @@ func Open(ctx context.Context, u *url.URL, opt storage.Options) (storage.Store, 
 		return nil, err
 	}
 	for {
-		if err := ctx.Err(); err != nil {
+		if err := context.Cause(ctx); err != nil {
 			return nil, err
 		}
 		s, err := openStore(path, opt)

@@ -743,6 +743,15 @@ func TestSpace(t *testing.T) {
 	}
 }
 
+// Who ends an opening has said why.
+func TestOpenCanceled(t *testing.T) {
+	ctx, cancel := context.WithCancelCause(t.Context())
+	why := errors.New("no more")
+	cancel(why)
+	_, err := Open(ctx, &url.URL{Scheme: "file", Path: filepath.Join(t.TempDir(), "file")}, storage.Options{Access: storage.WriteGrow, Create: true})
+	wantErr(t, err, why)
+}
+
 // Where the file system cannot read without waiting, what is in the page cache is
 // read all the same, and nothing else.
 func TestTryReadOfResident(t *testing.T) {
