@@ -34,14 +34,7 @@ func TestRun(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	text, err := os.ReadFile(out)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var findings []finding
-	if err := json.Unmarshal(text, &findings); err != nil {
-		t.Fatal(err)
-	}
+	findings := findingsOf(t, out)
 	if len(findings) != 12 {
 		t.Errorf("%d workloads, want 12", len(findings))
 	}
@@ -83,6 +76,19 @@ func TestRun(t *testing.T) {
 	}
 }
 
+// findingsOf reads what -json has written.
+func findingsOf(t *testing.T, name string) (findings []finding) {
+	t.Helper()
+	text, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal(text, &findings); err != nil {
+		t.Fatal(err)
+	}
+	return findings
+}
+
 // An image that is far away is read at its pace, and its file system ends.
 func TestFar(t *testing.T) {
 	if os.Geteuid() != 0 {
@@ -99,14 +105,7 @@ func TestFar(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	text, err := os.ReadFile(out)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var findings []finding
-	if err := json.Unmarshal(text, &findings); err != nil {
-		t.Fatal(err)
-	}
+	findings := findingsOf(t, out)
 	// nbdkit has 16 threads: even if every other read met what is there, no more can come.
 	if most := 2 * 16 / farDelay.Seconds(); len(findings) != 2 || findings[1].Rows[0].Rate > most {
 		t.Errorf("%+v; want at most %v a second from far", findings, most)
