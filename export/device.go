@@ -161,7 +161,7 @@ func (d *device) waited(took time.Duration) {
 func (d *device) wroteThrough(took time.Duration) {
 	d.waited(took)
 	if d.dirty.Load() == 0 {
-		d.dirty.Add(1) // what belongs to it may not be durable
+		d.dirty.Add(1) // one that failed may have written some
 	}
 }
 

@@ -119,8 +119,8 @@ func (s *session) takeArrived() (int, error) {
 	return lineShare, nil
 }
 
-// stopFetching has others wait for what the line keeps. Whatever makes the line wait for
-// something else calls it before.
+// stopFetching has others wait for what the line keeps. Whatever may make the line wait
+// for long, but for the client to take replies, calls it before.
 func (s *session) stopFetching() {
 	f := &s.line.fetch
 	for t := f.reads.pop(); t != nil; t = f.reads.pop() {
