@@ -3,6 +3,7 @@
 package vm
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -44,3 +45,50 @@ modprobe nbd && cat /sys/block/nbd0/size
 		})
 	}
 }
+
+// A guest that dies before the script began is booted again; one that dies
+// later, or each time, is a failure.
+func TestRunAgain(t *testing.T) {
+	// The machine: ENDS has what happens each time.
+	const machine = `#!/bin/bash
+own=$(grep -oP 'file:\K.*(?=/console)' <<<"$*")
+read -r now <"$ENDS"
+sed -i 1d "$ENDS"
+echo "end: $now" >"$own/console"
+[ $now = dead ] || echo words >"$own/output"
+[ $now != done ] || echo 0 >"$own/status"
+`
+	for _, c := range []struct{ ends, left, output, failure string }{
+		{"dead dead done", "", "words\n", ""},
+		{"dead killed done", "done\n", "", "guest with Linux 6.1: the guest died: <nil>\nwords\n--- console:\nend: killed\n"},
+		{"dead dead dead done", "done\n", "", "guest with Linux 6.1: the guest died: <nil>\n--- console:\nend: dead\n"},
+	} {
+		t.Run(c.ends, func(t *testing.T) {
+			bin := t.TempDir()
+			if err := os.WriteFile(filepath.Join(bin, "qemu-system-x86_64"), []byte(machine), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			ends := filepath.Join(bin, "ends")
+			if err := os.WriteFile(ends, []byte(strings.ReplaceAll(c.ends, " ", "\n")+"\n"), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
+			t.Setenv("ENDS", ends)
+			tb := &failing{TB: t}
+			if out := Run(tb, Options{Kernel: "6.1"}); out != c.output || tb.failure != c.failure {
+				t.Errorf("output %q, failure %q", out, tb.failure)
+			}
+			if b, err := os.ReadFile(ends); err != nil || string(b) != c.left {
+				t.Errorf("left: %q, %v", b, err)
+			}
+		})
+	}
+}
+
+// failing takes a failure for a result.
+type failing struct {
+	testing.TB
+	failure string
+}
+
+func (f *failing) Fatal(args ...any) { f.failure = fmt.Sprint(args...) }
