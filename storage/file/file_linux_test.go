@@ -699,6 +699,21 @@ func TestWithoutHoles(t *testing.T) {
 	wantErr(t, s.TryReadAt(got[:10], 0), storage.ErrWouldBlock)
 }
 
+// A range that a file system finds invalid is dealt with by other means, and the
+// next one is asked about again.
+func TestInvalidRange(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	s := mustOpen(t, path, storage.Options{Access: storage.WriteGrow, Create: true})
+	var no atomic.Bool
+	for _, tt := range []struct{ says, want error }{
+		{syscall.EINVAL, errors.ErrUnsupported}, {syscall.EIO, syscall.EIO}, {nil, nil},
+	} {
+		if err := s.ask(&no, 0, 1, func(int, int64, int64) error { return tt.says }); err != tt.want || no.Load() {
+			t.Errorf("%v is answered by %v, remembered: %v", tt.says, err, no.Load())
+		}
+	}
+}
+
 func blocks(t testing.TB, path string) int64 {
 	t.Helper()
 	var st unix.Stat_t

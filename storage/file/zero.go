@@ -3,6 +3,7 @@ package file
 import (
 	"errors"
 	"sync/atomic"
+	"syscall"
 
 	"github.com/imgnbd/imgnbd/storage"
 )
@@ -162,7 +163,8 @@ func (s *store) zeroByWriting(off, n int64) error {
 }
 
 // ask does something to a range that the medium may not know. If it does not,
-// that is remembered in no, and is errors.ErrUnsupported.
+// that is remembered in no, and is errors.ErrUnsupported. So is EINVAL, for that
+// once: some file systems mean by it that they cannot, or not with this range.
 func (s *store) ask(no *atomic.Bool, off, n int64, do func(fd int, off, n int64) error) error {
 	if no.Load() {
 		return errors.ErrUnsupported
@@ -171,6 +173,9 @@ func (s *store) ask(no *atomic.Bool, off, n int64, do func(fd int, off, n int64)
 	err := retry(func() error { return do(s.fd, off, n) })
 	if unsupported(err) {
 		no.Store(true)
+		return errors.ErrUnsupported
+	}
+	if err == syscall.EINVAL {
 		return errors.ErrUnsupported
 	}
 	return err
