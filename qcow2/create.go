@@ -416,7 +416,7 @@ func (p *plan) makeDataFile(s storage.Store) error {
 			return err
 		}
 		n = min(n, size)
-	} else if err := errors.Join(s.Truncate(0), s.Truncate(n)); err != nil {
+	} else if err := storage.Clear(s, n); err != nil {
 		return err
 	}
 	if err := preallocate(s, 0, n, p.prealloc); err != nil {

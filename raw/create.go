@@ -58,11 +58,7 @@ func create(_ context.Context, s storage.Store, opt image.CreateOptions) error {
 		}
 		return fill(n)
 	}
-	// Through zero, so that nothing of what was there remains.
-	if err := s.Truncate(0); err != nil {
-		return err
-	}
-	if err := s.Truncate(n); err != nil {
+	if err := storage.Clear(s, n); err != nil {
 		return err
 	}
 	return fill(n)

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"testing"
 
 	"github.com/imgnbd/imgnbd/image"
@@ -288,6 +289,18 @@ func TestCreate(t *testing.T) {
 		if err := create(t.Context(), m, image.CreateOptions{Size: 1 << 20, Params: []image.Param{p}}); err == nil || !bytes.Equal(m.Bytes(), random(512)) {
 			t.Errorf("%v: %v", p, err)
 		}
+	}
+
+	// What the file system cannot hold costs nothing.
+	m = storagetest.MemOf(random(512))
+	small := storagetest.Fault(m, func(op storagetest.Op) *storagetest.Failure {
+		if op.Kind == storagetest.OpTruncate && op.Offset > 512 {
+			return &storagetest.Failure{Err: syscall.EFBIG}
+		}
+		return nil
+	})
+	if err := create(t.Context(), small, image.CreateOptions{Size: 1 << 20}); !errors.Is(err, syscall.EFBIG) || !bytes.Equal(m.Bytes(), random(512)) {
+		t.Errorf("larger than the file system has it: %v, %d bytes remain", err, len(m.Bytes()))
 	}
 
 	dev := storagetest.NewMem(1<<20, storagetest.FixedSize)

@@ -231,6 +231,22 @@ func CheckRange(off, n int64) error {
 	return nil
 }
 
+// Clear makes s, which may grow, size bytes that read as zeros. What was there
+// remains if that is more than s can be.
+func Clear(s Store, size int64) error {
+	now, err := s.Size()
+	if err == nil && now < size {
+		err = s.Truncate(size)
+	}
+	if err == nil {
+		err = s.Truncate(0)
+	}
+	if err == nil {
+		err = s.Truncate(size)
+	}
+	return err
+}
+
 // NoSpace reports whether err means that space ran out, of the medium, of a
 // quota or of the largest file.
 func NoSpace(err error) bool {
