@@ -61,6 +61,8 @@ func (c *Chain) Open(ctx context.Context, name string, opt OpenOptions) (Device,
 	return nil, Wrap("open", src.name, err)
 }
 
+var errUnlocked = errors.New("writing takes a lock")
+
 // top prepares for opening what the user named.
 func (c *Chain) top(src *source, opt *OpenOptions) (*layer, error) {
 	if err := c.settle(src, opt.Format); err != nil {
@@ -71,7 +73,7 @@ func (c *Chain) top(src *source, opt *OpenOptions) (*layer, error) {
 	opt.Direct = opt.Direct || src.direct
 	opt.NoLock = opt.NoLock || src.noLock
 	if opt.NoLock && !opt.ReadOnly {
-		return nil, errors.New("writing takes a lock")
+		return nil, errUnlocked
 	}
 	return &layer{chain: c, name: src.name}, nil
 }

@@ -431,6 +431,52 @@ backing=json:{"driver":"toy","data-file":"`+data+`","file.filename":"`+filepath.
 	}
 }
 
+// What is said of a data file beyond which file it is holds, or is refused: it is
+// read and written as it is.
+func TestDataFileAsItIs(t *testing.T) {
+	d := newDir(t)
+	path := d.file("data", "DATA")
+	for _, tt := range []struct{ options, reading, writing string }{
+		{``, "", ""},
+		{`"driver":"raw",`, "", ""},
+		{`"driver":"raw","offset":512,`, "no option 'offset'", "no option 'offset'"},
+		{`"driver":"toy",`, "format toy", "format toy"},
+		{`"read-only":true,`, "", "read-only"},
+		{`"file.read-only":true,`, "", "read-only"},
+		{`"file.locking":"off",`, "", "takes a lock"},
+		{`"force-share":true,`, "", "takes a lock"},
+	} {
+		d.file("top", "TOY\ndata=json:{"+tt.options+`"file.filename":"`+path+"\"}\n")
+		for _, readOnly := range []bool{true, false} {
+			want := tt.writing
+			if readOnly {
+				want = tt.reading
+			}
+			dev, err := d.chain.Open(t.Context(), filepath.Join(d.path, "top"), image.OpenOptions{Format: "toy", ReadOnly: readOnly})
+			if err == nil {
+				err = dev.Close()
+			}
+			if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+				t.Errorf("%s read-only %t: %v, want %q", tt.options, readOnly, err, want)
+			}
+		}
+		name := filepath.Join(d.path, "made")
+		f := toy()
+		f.Create = func(ctx context.Context, s storage.Store, opt image.CreateOptions) error {
+			data, err := opt.NewStore(ctx, "json:{"+tt.options+`"file.filename":"`+path+`"}`)
+			if err != nil {
+				return err
+			}
+			return data.Close()
+		}
+		c := d.chain
+		c.Formats = []image.Format{f, raw.Format()}
+		if err := c.Create(t.Context(), name, "toy", image.CreateOptions{}); (err == nil) != (tt.reading == "") {
+			t.Errorf("%s made: %v", tt.options, err)
+		}
+	}
+}
+
 // TestDirect: who asks for direct I/O, the user or an image about the one below
 // it, gets it for that image and all below.
 func TestDirect(t *testing.T) {

@@ -166,6 +166,9 @@ func (m *maker) openBeside(ctx context.Context, base, name string, s storage.Sto
 	if err != nil {
 		return nil, &Error{"create", name, err}
 	}
+	if err := src.plain(); err != nil {
+		return nil, &Error{"create", src.name, err}
+	}
 	// Before it is opened: one file cannot be locked twice.
 	if old, err := m.chain.openStore(ctx, src, storage.Options{Share: storage.ShareNoLock}); err == nil {
 		id := identity(old)

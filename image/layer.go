@@ -233,6 +233,15 @@ func (l *layer) OpenStore(ctx context.Context, ref Reference, write bool) (stora
 	if err != nil {
 		return nil, err
 	}
+	if err := src.plain(); err != nil {
+		return nil, Wrap("open", src.name, err)
+	}
+	switch {
+	case write && src.readOnly:
+		return nil, Wrap("open", src.name, ErrReadOnly)
+	case write && src.noLock:
+		return nil, Wrap("open", src.name, errUnlocked)
+	}
 	so := storage.Options{Share: share(l.opt.NoLock || src.noLock), Direct: l.opt.Direct || src.direct, Timeout: l.opt.Timeout}
 	if write {
 		so.Access = storage.WriteGrow

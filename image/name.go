@@ -10,6 +10,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/imgnbd/imgnbd/storage"
 )
@@ -23,6 +24,18 @@ type source struct {
 	readOnly bool
 	direct   bool
 	noLock   bool
+}
+
+// plain returns an error unless src means a file as it is, as it has to where no
+// format is opened over it.
+func (src *source) plain() error {
+	if src.format != "" && src.format != "raw" {
+		return fmt.Errorf("a file that holds data as it is cannot be in format %s", src.format)
+	}
+	if len(src.params) > 0 {
+		return fmt.Errorf("a file that holds data as it is has no option '%s'", src.params[0].Key)
+	}
+	return nil
 }
 
 // parseName understands the names that QEMU does: a path; PROTOCOL:..., where
@@ -137,6 +150,9 @@ func parseJSON(text string) (source, error) {
 type nodeOptions map[string]string
 
 func flatten(text string) (nodeOptions, error) {
+	if !utf8.ValidString(text) { // the decoder would make another name of it
+		return nil, errors.New("Could not parse the JSON options: invalid UTF-8 sequence in string")
+	}
 	dec := json.NewDecoder(strings.NewReader(text))
 	dec.UseNumber()
 	opts := make(nodeOptions)
@@ -333,6 +349,9 @@ func NodeName(opts []Param) (string, error) {
 	for _, p := range opts {
 		if _, twice := m[p.Key]; twice {
 			return "", fmt.Errorf("option %q appears twice", p.Key)
+		}
+		if !utf8.ValidString(p.Key) || !utf8.ValidString(p.Value) {
+			return "", &Hint{Err: fmt.Errorf("option %q is not UTF-8: %q", p.Key, p.Value), Advice: "name the file by itself, and its format with -f"}
 		}
 		m[p.Key] = p.Value
 	}

@@ -71,19 +71,20 @@ func TestParseName(t *testing.T) {
 
 func TestParseNameRefuses(t *testing.T) {
 	for name, says := range map[string]string{
-		"":                                 "requires a file name",
-		"file:":                            "requires a file name",
-		"a\x00b":                           "zero byte",
-		"http://h:x/":                      "invalid port",
-		"json:":                            "unexpected EOF",
-		"json:{":                           "unexpected EOF",
-		"json:{bad":                        "invalid character",
-		`json:"x"`:                         "Invalid JSON object",
-		`json:[]`:                          "Invalid JSON object",
-		`json:{} x`:                        "follows",
-		`json:{}`:                          "either driver or file",
-		`json:{"driver":"raw"}`:            "must be specified",
-		`json:{"driver":"raw","file":"n"}`: "node-name='n'",
+		"":                                   "requires a file name",
+		"file:":                              "requires a file name",
+		"a\x00b":                             "zero byte",
+		"http://h:x/":                        "invalid port",
+		"json:":                              "unexpected EOF",
+		"json:{":                             "unexpected EOF",
+		"json:{bad":                          "invalid character",
+		`json:"x"`:                           "Invalid JSON object",
+		`json:[]`:                            "Invalid JSON object",
+		`json:{} x`:                          "follows",
+		"json:{\"file.filename\":\"a\xff\"}": "invalid UTF-8",
+		`json:{}`:                            "either driver or file",
+		`json:{"driver":"raw"}`:              "must be specified",
+		`json:{"driver":"raw","file":"n"}`:   "node-name='n'",
 		`json:{"file.filename":"a","file":{"filename":"b"}}`:                                            "twice",
 		`json:{"driver":"raw","driver":"qcow2","file.filename":"a"}`:                                    "twice",
 		`json:{"driver":null,"file.filename":"a"}`:                                                      "null",
@@ -135,6 +136,10 @@ func TestNodeName(t *testing.T) {
 	}
 	if _, err := NodeName([]Param{{"a", "1"}, {"a", "2"}}); err == nil {
 		t.Error("an option twice is accepted")
+	}
+	// It would be another file's.
+	if name, err := NodeName([]Param{{"driver", "raw"}, {"file.filename", "a\xff"}}); err == nil {
+		t.Errorf("a name that JSON cannot hold is %q", name)
 	}
 }
 
