@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/url"
 	"path/filepath"
+	"runtime"
 	"sync/atomic"
 	"testing"
 
@@ -125,6 +126,30 @@ func TestNoGarbage(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// TestIdleStack: a connection that waits for its first request does so on the smallest
+// stack that there is, 2 KiB.
+func TestIdleStack(t *testing.T) {
+	const n = 500
+	s := serve(t, map[string]*Export{"": {Device: memDisk(t, 1<<20)}}, nil)
+	stacks := func(connections int32) int64 {
+		for s.transmitting.Load() != connections {
+			runtime.Gosched()
+		}
+		runtime.GC() // takes back what the handshakes have left
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return int64(m.StackInuse)
+	}
+	before := stacks(0)
+	for range n {
+		s.connect("unix", "", structured)
+	}
+	if each := (stacks(n) - before) / n; each >= 3<<10 {
+		t.Errorf("each of %d idle connections has %d bytes of stack", n, each)
 	}
 }
 

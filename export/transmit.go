@@ -35,6 +35,7 @@ const (
 
 // A line is the state of the goroutine that reads the connection.
 type line struct {
+	memory []byte // of in and out
 	in     []byte // in[r:w] has arrived and was not served
 	r, w   int
 	served int    // requests since more input was waited for
@@ -58,28 +59,38 @@ type line struct {
 var errLeft = errors.New("client left")
 
 // transmit serves requests until the client leaves or something breaks, and
-// returns when all of them have been answered.
-func (s *session) transmit(t transport) (err error) {
-	in, err := mapMemory(lineMemory)
+// returns when all of them have been answered. It is on the stack of a connection
+// that waits, as prepare and conclude are not.
+func (s *session) transmit(t transport) error {
+	if err := s.prepare(t); err != nil {
+		return err
+	}
+	s.srv.transmitting.Add(1)
+	err := s.conclude(s.serveRequests())
+	s.srv.transmitting.Add(-1)
+	unmapMemory(s.line.memory)
+	return err
+}
+
+// prepare makes what the line and the way out need.
+func (s *session) prepare(t transport) error {
+	memory, err := mapMemory(2 * lineMemory)
 	if err != nil {
 		return err
 	}
-	defer unmapMemory(in)
-	out, err := mapMemory(lineMemory)
-	if err != nil {
-		return err
-	}
-	defer unmapMemory(out)
-	s.line.in, s.line.out = in, out[:0]
-	s.line.w = copy(in, s.line.early)
-	s.line.shares = runtime.GOMAXPROCS(0) > 1
-	s.line.ahead = make(chan struct{}, lineAhead)
+	l := &s.line
+	l.memory, l.in, l.out = memory, memory[:lineMemory:lineMemory], memory[lineMemory:][:0]
+	l.w = copy(l.in, l.early)
+	l.shares = runtime.GOMAXPROCS(0) > 1
+	l.ahead = make(chan struct{}, lineAhead)
 	s.out.init(t, func(error) { s.cut() }, s.endTask)
 	s.loan.init(t, s.partFrom)
-	s.srv.transmitting.Add(1)
-	defer s.srv.transmitting.Add(-1)
+	return nil
+}
 
-	err = s.serveRequests()
+// conclude ends what serveRequests has begun, which has returned err, and returns
+// why the connection ends; nil if that is in good order.
+func (s *session) conclude(err error) error {
 	s.stopFetching()
 	sendErr := s.sendOut()
 	if waitErr := s.out.wait(); sendErr == nil {
