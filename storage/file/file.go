@@ -152,7 +152,7 @@ type store struct {
 	barrier barrier
 	direct  *direct // nil: through the page cache
 	raw     bool    // short calls are raw
-	writers *writers
+	writers writers
 
 	try    tryMethod
 	begins bool                      // tryNoWait has the kernel fetch what is not in the page cache
@@ -193,7 +193,6 @@ func newStore(f *os.File, n *node, opt storage.Options) (*store, error) {
 			return nil, err
 		}
 	}
-	s.writers = join(s.info.ID)
 	return s, nil
 }
 
@@ -375,7 +374,6 @@ func (s *store) Close() error {
 	if r := s.there.Load(); r != nil {
 		r.close()
 	}
-	s.writers.part(s.info.ID)
 	err := cause(s.file.Close())
 	if s.direct != nil {
 		err = cmp.Or(err, s.direct.close())

@@ -2,7 +2,6 @@ package file
 
 import (
 	"runtime"
-	"sync"
 	"sync/atomic"
 )
 
@@ -13,43 +12,10 @@ import (
 const rawMost = 128 << 10
 
 // writers keep raw writes from waiting for the kernel's lock of the file: they are
-// made only while nothing else that takes it is in progress here.
-type writers struct {
-	shorts, longs atomic.Int32
-	stores        int // of the file; guarded by files.mu
-}
-
-// files has the writers of each file that is open, since the lock is of the file and
-// not of a store.
-var files struct {
-	mu      sync.Mutex
-	writers map[string]*writers // by storage.Info.ID
-}
-
-// join returns the writers of a file, for one store more.
-func join(id string) *writers {
-	files.mu.Lock()
-	defer files.mu.Unlock()
-	w := files.writers[id]
-	if w == nil {
-		w = &writers{}
-		if files.writers == nil {
-			files.writers = map[string]*writers{}
-		}
-		files.writers[id] = w
-	}
-	w.stores++
-	return w
-}
-
-// part ends what join began.
-func (w *writers) part(id string) {
-	files.mu.Lock()
-	defer files.mu.Unlock()
-	if w.stores--; w.stores == 0 {
-		delete(files.writers, id)
-	}
-}
+// made only while nothing else of their store that takes it is in progress. Another
+// store of the same file is like another process: its calls hold up a raw write, and
+// with that the program, for as long as they take.
+type writers struct{ shorts, longs atomic.Int32 }
 
 // short begins a raw write, if it may be made now.
 func (w *writers) short() bool {

@@ -47,31 +47,6 @@ func TestRawWritesGoFirst(t *testing.T) {
 	}
 }
 
-// The stores of a file have one lock, that of the kernel.
-func TestStoresShareWriters(t *testing.T) {
-	dir := memoryDir(t)
-	open := func(name string) *store {
-		return mustOpen(t, filepath.Join(dir, name), storage.Options{Access: storage.WriteGrow, Share: storage.ShareWrite, Create: true})
-	}
-	a, b, other := open("a"), open("a"), open("b")
-	b.writers.long()
-	if a.writers.short() {
-		t.Error("a raw write beside a change by another store of the file")
-	}
-	if !other.writers.short() {
-		t.Error("no raw write of another file")
-	}
-	b.writers.longDone()
-	pass(t, a.Close())
-	if !b.writers.short() {
-		t.Error("no raw write after all")
-	}
-	pass(t, b.Close())
-	if c := open("a"); c.writers == b.writers {
-		t.Error("what no store has any more is kept")
-	}
-}
-
 // No raw write is made while something else changes the file, and each goes on
 // afterwards.
 func TestWriters(t *testing.T) {
