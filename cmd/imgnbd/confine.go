@@ -3,10 +3,12 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"syscall"
 
+	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/internal/journal"
 	"github.com/imgnbd/imgnbd/internal/sandbox"
 )
@@ -77,6 +79,9 @@ func (s *service) confine() error {
 			}
 			f.Close()
 		}
+		if err := lets(s.device); err != nil {
+			return hinted(fmt.Errorf("as %s: %w", c.user.Name, err), "a file system of FUSE is for who mounted it alone, unless it is mounted with allow_other")
+		}
 	}
 	if c.sandbox == "off" {
 		return nil
@@ -100,6 +105,19 @@ func (s *service) confine() error {
 		log.Debug("the sandbox does not confine paths", "err", r.Files)
 	}
 	return nil
+}
+
+// lets reports an error if the file system of an image does not let this user do
+// what clients will ask for, open or not.
+func lets(d image.Device) error {
+	if d.Info().Size == 0 {
+		return nil
+	}
+	_, err := d.AppendExtents(nil, 0, 1, image.WantZero)
+	if errors.Is(err, fs.ErrPermission) {
+		return err
+	}
+	return nil // which is for clients to be told
 }
 
 // readAgain are the files that are read for each client.

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/imgnbd/imgnbd/internal/test/qemu"
 )
@@ -134,5 +135,32 @@ func TestSandbox(t *testing.T) {
 	}
 	if left, _ = filepath.Glob(filepath.Join(journals, "*")); len(left) > 0 {
 		t.Errorf("%s are left behind", left)
+	}
+}
+
+// A user whom the file system of the image does not let in is told at the start: to
+// ask for the size, for one, takes more than a file that is open.
+func TestUserOnFUSE(t *testing.T) {
+	if os.Getuid() != 0 {
+		qemu.Missing(t, "root, who can become another user,")
+	}
+	bin, dir := release(t), t.TempDir()
+	qemu.Start(t, "nbdfuse", filepath.Join(dir, "disk"), "[", qemu.Require(t, "nbdkit"), "-f", "--exit-with-parent", "pattern", "4M", "]")
+	t.Cleanup(func() { qemu.Run(t, "umount", "-l", dir) })
+	path := filepath.Join(dir, "disk")
+	for began := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+		if _, err := os.Stat(path); err == nil {
+			break
+		} else if time.Since(began) > time.Minute {
+			t.Fatal(err)
+		}
+	}
+	for user, works := range map[string]bool{"0:0": true, "65534:65534": false} {
+		cmd := exec.Command(bin, "--user="+user, "--read-only", "-f", "raw", "--stdio", path)
+		cmd.Stdin = strings.NewReader("") // a pipe, with a client that has gone
+		out, err := cmd.CombinedOutput()
+		if (err == nil) != works || !works && !strings.Contains(string(out), "allow_other") {
+			t.Errorf("user %s: %v: %s", user, err, out)
+		}
 	}
 }
