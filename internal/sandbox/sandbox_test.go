@@ -145,6 +145,12 @@ func probe(flags string) {
 	}
 	var limit unix.Rlimit
 	try("limit a child", unix.SYS_PRLIMIT64, uintptr(child.Process.Pid), unix.RLIMIT_CPU, 0, uintptr(unsafe.Pointer(&limit)))
+	idle, mask := [1]int32{}, [16]uint64{1}
+	try("priority of a child", unix.SYS_SETPRIORITY, unix.PRIO_PROCESS, uintptr(child.Process.Pid), 19, 0)
+	try("its scheduler", unix.SYS_SCHED_SETSCHEDULER, uintptr(child.Process.Pid), unix.SCHED_IDLE, uintptr(unsafe.Pointer(&idle)), 0)
+	try("its processors", unix.SYS_SCHED_SETAFFINITY, uintptr(child.Process.Pid), unsafe.Sizeof(mask), uintptr(unsafe.Pointer(&mask)), 0)
+	try("its I/O", unix.SYS_IOPRIO_SET, 1, uintptr(child.Process.Pid), 3<<13, 0)
+	try("real time", unix.SYS_SCHED_SETPARAM, 0, uintptr(unsafe.Pointer(&idle)), 0, 0)
 	try("ptrace", unix.SYS_PTRACE, unix.PTRACE_ATTACH, uintptr(child.Process.Pid), 0, 0)
 	try("unshare", unix.SYS_UNSHARE, unix.CLONE_NEWNS, 0, 0, 0)
 	try("mount", unix.SYS_MOUNT, 0, 0, 0, 0)
@@ -156,6 +162,8 @@ func probe(flags string) {
 	_, err = unix.Mmap(-1, 0, 4096, unix.PROT_READ|unix.PROT_EXEC, unix.MAP_PRIVATE|unix.MAP_ANON)
 	say("code", err)
 	try("shared memory", unix.SYS_SHMGET, unix.IPC_PRIVATE, 4096, 0o700, 0)
+	try("a queue", unix.SYS_MSGGET, unix.IPC_PRIVATE, 0o700, 0, 0)
+	try("a semaphore", unix.SYS_SEMGET, unix.IPC_PRIVATE, 1, 0o700, 0)
 	try("shared memory of others", unix.SYS_SHMAT, 0, 0, 0, 0)
 	say("type", unix.IoctlSetPointerInt(0, unix.TIOCSTI, 'x'))
 
