@@ -131,8 +131,8 @@ func pathOf(u *url.URL) (string, error) {
 		}
 		path = dir + "/" + path
 	}
-	if strings.Contains(path, "..") {
-		return path, nil // "link/../x" lies where the link leads
+	if strings.Contains(path, "..") || strings.HasSuffix(path, "/") {
+		return path, nil // "link/../x" lies where the link leads, and "x/" is no file
 	}
 	return filepath.Clean(path), nil
 }

@@ -438,8 +438,12 @@ func TestCreate(t *testing.T) {
 	}
 	dangling := path + "-link"
 	pass(t, os.Symlink("/nowhere/at/all", dangling))
-	if _, err := tryOpen(dangling, storage.Options{Access: storage.WriteGrow, Create: true}); err == nil {
-		t.Error("made a file behind a link to nowhere")
+	if _, err := tryOpen(dangling, storage.Options{Access: storage.WriteGrow, Create: true}); err == nil || !strings.Contains(err.Error(), "symbolic link") {
+		t.Errorf("behind a link to nowhere: %v", err)
+	}
+	for name, want := range map[string]error{path + "/": syscall.ENOTDIR, path + "-2/": syscall.EISDIR} {
+		_, err := tryOpen(name, storage.Options{Access: storage.WriteGrow, Create: true})
+		wantErr(t, err, want)
 	}
 }
 

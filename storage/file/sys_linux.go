@@ -28,7 +28,8 @@ func openNode(path string, opt storage.Options) (*node, error) {
 	defer unix.Close(held)
 	var n *node
 	if made {
-		err = syncDir(filepath.Dir(path))
+		dir, _ := filepath.Split(path) // not Dir, which would take "link/../x" by its text
+		err = syncDir(dir)
 	}
 	if err == nil {
 		n, err = openFound(held, path, opt)
@@ -122,8 +123,11 @@ func hold(path string, opt storage.Options) (fd int, made bool, err error) {
 			return fd, true, nil
 		}
 		// Somebody else made it first, or it is a link to nowhere.
-		if err != unix.EEXIST || try == 2 {
+		if err != unix.EEXIST {
 			return -1, false, err
+		}
+		if try == 2 {
+			return -1, false, errors.New("is a symbolic link to what is not there")
 		}
 	}
 }
