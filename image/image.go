@@ -46,7 +46,7 @@ type Device interface {
 	WriteZeroes(off, n int64, flags WriteFlags) error
 
 	// Discard says that the range is not needed. Afterwards each byte reads as
-	// before or as zero.
+	// before, as at the last Flush (on some block devices) or as zero.
 	Discard(off, n int64) error
 
 	// Flush makes durable all that returned before it was called.

@@ -322,15 +322,15 @@ func (o nodeOptions) store(src *source, p string) (err error) {
 	default:
 		return fmt.Errorf("option %q: %q is not one of file, host_device: an image is one format over one file", p+"driver", driver)
 	}
-	if p == "" {
-		return nil
-	}
 	switch v := o.take(p + "locking"); v {
 	case "", "auto", "on":
 	case "off":
 		src.noLock = true
 	default:
 		return fmt.Errorf("invalid parameter value: %s", v)
+	}
+	if p == "" {
+		return nil // the rest is read for both
 	}
 	if src.direct, err = o.on(p + "cache.direct"); err != nil {
 		return err

@@ -120,6 +120,13 @@ func TestNameOptions(t *testing.T) {
 	if !src.readOnly || !src.noLock || !src.direct {
 		t.Errorf("%+v", src)
 	}
+	src, err = parseName(`json:{"driver":"file","filename":"/a","locking":"off","read-only":"on","cache.direct":"on"}`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !src.readOnly || !src.noLock || !src.direct || len(src.params) != 0 {
+		t.Errorf("%+v", src)
+	}
 }
 
 func TestNodeName(t *testing.T) {
