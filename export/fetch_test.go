@@ -216,6 +216,49 @@ func TestFetchInMidst(t *testing.T) {
 	})
 }
 
+// TestFetchNotAlone: while there is another connection, the line looks for nothing.
+func TestFetchNotAlone(t *testing.T) {
+	t.Run("before", func(t *testing.T) {
+		d := newFetching(t)
+		s := serve(t, map[string]*Export{"": {Device: d}}, nil)
+		p := s.connect("unix", "", simple)
+		s.connect("unix", "", simple)
+		for s.transmitting.Load() != 2 {
+			runtime.Gosched()
+		}
+		const n = 10
+		for range n {
+			p.ask4k(4096)
+			p.read4k(4096)
+		}
+		if tries := d.tries.Load(); tries != n {
+			t.Errorf("%d reads were tried %d times", n, tries)
+		}
+	})
+	t.Run("from then on", func(t *testing.T) {
+		d := newFetching(t)
+		s := serve(t, map[string]*Export{"": {Device: d}}, nil)
+		defer s.transmitting.Add(-1)
+		var first, second atomic.Int64
+		d.tryReadAt = func(p []byte, off int64) error {
+			switch {
+			case off == 8192:
+				second.Add(1)
+			case first.Add(1) == 2: // the line has looked once, and in this turn will look at the other
+				s.transmitting.Add(1)
+				return d.Device.TryReadAt(p, off)
+			}
+			return image.ErrUnderWay
+		}
+		p := s.connect("unix", "", simple)
+		p.ask4k(4096, 8192)
+		p.read4k(4096, 8192)
+		if n := second.Load(); n > 2 || d.reads.Load() != 1 {
+			t.Errorf("the other read was tried %d times, and %d were waited for", n, d.reads.Load())
+		}
+	})
+}
+
 // TestFetchPays: looking is given up where it takes too long for what it brings.
 func TestFetchPays(t *testing.T) {
 	var f fetcher
