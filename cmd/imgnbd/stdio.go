@@ -26,10 +26,13 @@ func stdioConn(u *ui) (net.Conn, error) {
 		return net.FileConn(in)
 	case fs.ModeNamedPipe:
 		// Reading has to end when the server is told to stop.
-		if err := syscall.SetNonblock(int(in.Fd()), true); err != nil {
-			return nil, err
-		}
-		return &pipeConn{in: os.NewFile(in.Fd(), "standard input"), out: u.stdout}, nil
+		if in.SetReadDeadline(time.Time{}) != nil {
+			if err := syscall.SetNonblock(int(in.Fd()), true); err != nil {
+				return nil, err
+			}
+			in = os.NewFile(in.Fd(), "standard input")
+		} // else it is one that does not block, and the poller of the runtime has it
+		return &pipeConn{in: in, out: u.stdout}, nil
 	}
 	return nil, errors.New("standard input is neither a socket nor a pipe")
 }

@@ -77,4 +77,23 @@ func TestStdio(t *testing.T) {
 		}
 		talk(t, cmd, &pipeConn{in: out, out: in})
 	})
+	t.Run("pipes that do not block", func(t *testing.T) {
+		cmd := start(t)
+		var fds [2]int
+		if err := unix.Pipe2(fds[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
+			t.Fatal(err)
+		}
+		theirs, in := os.NewFile(uintptr(fds[0]), ""), os.NewFile(uintptr(fds[1]), "")
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd.Stdin = theirs
+		err = cmd.Start()
+		theirs.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		talk(t, cmd, &pipeConn{in: out, out: in})
+	})
 }
