@@ -42,13 +42,11 @@ func foreign() []image.Format {
 // it keeps the size of the disk.
 func other(name, what string, probe func(io.ReaderAt) bool, sizes ...func(io.ReaderAt) int64) image.Format {
 	refusal := fmt.Errorf("it is %s, a format that cannot be read here: %w", what, errors.ErrUnsupported)
-	refuse := func(file string) error {
-		return &image.Hint{
-			Err: refusal,
-			Advice: fmt.Sprintf("convert it with: qemu-img convert -f %s -O qcow2 %s NEW.qcow2; or serve its bytes as they are with -f raw",
-				name, file),
-		}
+	advice := "convert it with: qemu-img convert -f " + name + " -O qcow2 FILE NEW.qcow2"
+	if name == "luks" {
+		advice = "decrypt it with: qemu-img convert --object secret,id=key,file=PASSPHRASE --image-opts -O qcow2 driver=luks,key-secret=key,file.filename=FILE NEW.qcow2"
 	}
+	refuse := &image.Hint{Err: refusal, Advice: advice + "; or take its bytes as they are with -f raw"}
 	f := image.Format{
 		Name:     name,
 		NameOnly: true,
@@ -68,11 +66,11 @@ func other(name, what string, probe func(io.ReaderAt) bool, sizes ...func(io.Rea
 		}
 		return err
 	}
-	f.Open = func(_ context.Context, s storage.Store, opt image.Options) (image.Device, error) {
+	f.Open = func(_ context.Context, s storage.Store, _ image.Options) (image.Device, error) {
 		if err := confirm(s); err != nil {
 			return nil, err
 		}
-		return nil, refuse(opt.Name)
+		return nil, refuse
 	}
 	f.Inspect = func(_ context.Context, s storage.Store) (*image.Inspection, error) {
 		if err := confirm(s); err != nil {
