@@ -61,7 +61,7 @@ func (c *Chain) Open(ctx context.Context, name string, opt OpenOptions) (Device,
 	return nil, Wrap("open", src.name, err)
 }
 
-var errUnlocked = errors.New("writing takes a lock")
+var errUnlocked = errors.New("force-share=on can only be used with read-only images, and so can locking=off")
 
 // top prepares for opening what the user named.
 func (c *Chain) top(src *source, opt *OpenOptions) (*layer, error) {

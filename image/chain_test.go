@@ -443,8 +443,8 @@ func TestDataFileAsItIs(t *testing.T) {
 		{`"driver":"toy",`, "format toy", "format toy"},
 		{`"read-only":true,`, "", "read-only"},
 		{`"file.read-only":true,`, "", "read-only"},
-		{`"file.locking":"off",`, "", "takes a lock"},
-		{`"force-share":true,`, "", "takes a lock"},
+		{`"file.locking":"off",`, "", "only be used with read-only images"},
+		{`"force-share":true,`, "", "only be used with read-only images"},
 	} {
 		d.file("top", "TOY\ndata=json:{"+tt.options+`"file.filename":"`+path+"\"}\n")
 		for _, readOnly := range []bool{true, false} {
