@@ -271,6 +271,11 @@ func TestDifferences(t *testing.T) {
 			t.Errorf("%s: %+v", args, o)
 		}
 	}
+	// It serves what another server exports once more.
+	o = ours("imgnbd", "-r", "-k", t.TempDir()+"/s", "nbd://localhost/disk")
+	if !strings.HasPrefix(o.Stderr, "imgnbd: Failed to blk_new_open 'nbd://localhost/disk': Unknown protocol 'nbd'\nimgnbd: hint: ") {
+		t.Errorf("%+v", o)
+	}
 	for _, args := range []string{"convert disk.raw new", "help convert"} {
 		o := ours(append([]string{"imgnbd"}, strings.Fields(args)...)...)
 		if o.Code != 1 || o.Stderr != "imgnbd: there is no command 'convert'\nTry `imgnbd --help' for more information.\n" {

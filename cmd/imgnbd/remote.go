@@ -43,7 +43,7 @@ func (o *serveOptions) findRemote(u *ui, operands []string) (*remote, error) {
 		if r, err = client.remote(u, o); err != nil {
 			return nil, err
 		}
-	case regexp.MustCompile(`^nbds?(\+\w+)?://`).MatchString(operands[0]):
+	case remoteURI.MatchString(operands[0]):
 		uri, err := nbd.ParseURI(operands[0])
 		if err != nil {
 			return nil, err
@@ -63,6 +63,9 @@ func (o *serveOptions) findRemote(u *ui, operands []string) (*remote, error) {
 	}
 	return r, o.checkRemote()
 }
+
+// remoteURI matches what names an export of a server, and no image.
+var remoteURI = regexp.MustCompile(`^nbds?(\+\w+)?://`)
 
 // withRemote are the options that mean something for a server's export.
 var withRemote = []string{"connect", "read-only", "verbose", "fork", "pid-file", "object", "tls-creds", "tls-hostname",

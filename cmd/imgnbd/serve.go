@@ -135,8 +135,12 @@ func (o *serveOptions) open(ctx context.Context, u *ui, file string) (image.Devi
 	}
 	dev, err := t.open(ctx, chain)
 	if err != nil {
-		if errors.Is(err, fs.ErrNotExist) && !o.images.imageOpts && !u.compat() && likeCommand(file) {
+		switch {
+		case o.images.imageOpts:
+		case errors.Is(err, fs.ErrNotExist) && !u.compat() && likeCommand(file):
 			err = hinted(err, "imgnbd help lists what else this program does")
+		case remoteURI.MatchString(file):
+			err = hinted(err, "the export of a server is not served again; -c makes it a block device of this machine")
 		}
 		return nil, err
 	}
