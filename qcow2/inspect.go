@@ -62,7 +62,7 @@ func inspect(_ context.Context, s storage.Store) (*image.Inspection, error) {
 	h, err := readHeader(s)
 	if h == nil {
 		if errors.Is(err, image.ErrCorrupt) || errors.Is(err, errors.ErrUnsupported) {
-			return &image.Inspection{Format: "qcow2", Problem: err}, nil
+			return &image.Inspection{Format: "qcow2", VirtualSize: -1, Problem: err}, nil
 		}
 		return nil, err
 	}

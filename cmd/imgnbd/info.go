@@ -167,7 +167,7 @@ func writeInfo(b *strings.Builder, in *image.Inspected) error {
 	if in.VirtualSize >= 0 {
 		virtualSize = fmt.Sprintf("%s (%d bytes)", sizeText(in.VirtualSize), in.VirtualSize)
 	}
-	fmt.Fprintf(b, "image: %s\nfile format: %s\nvirtual size: %s\ndisk size: %s\n", in.Name, in.Format, virtualSize, diskSize)
+	fmt.Fprintf(b, "image: %s\nfile format: %s\nvirtual size: %s\ndisk size: %s\n", printable(in.Name), in.Format, virtualSize, diskSize)
 	if in.Encrypted {
 		b.WriteString("encrypted: yes\n")
 	}
@@ -178,17 +178,17 @@ func writeInfo(b *strings.Builder, in *image.Inspected) error {
 		b.WriteString("cleanly shut down: no\n")
 	}
 	if in.BackingName != "" {
-		fmt.Fprintf(b, "backing file: %s", in.BackingName)
+		fmt.Fprintf(b, "backing file: %s", printable(in.BackingName))
 		switch in.Backing {
 		case in.BackingName:
 		case "":
 			b.WriteString(" (cannot determine actual path)")
 		default:
-			fmt.Fprintf(b, " (actual path: %s)", in.Backing)
+			fmt.Fprintf(b, " (actual path: %s)", printable(in.Backing))
 		}
 		b.WriteString("\n")
 		if in.BackingFormat != "" {
-			fmt.Fprintf(b, "backing file format: %s\n", in.BackingFormat)
+			fmt.Fprintf(b, "backing file format: %s\n", printable(in.BackingFormat))
 		}
 	}
 	if len(in.Snapshots) > 0 {
@@ -217,7 +217,7 @@ func writeSnapshot(b *strings.Builder, s *image.Snapshot) {
 	}
 	secs := int64(s.VMClock / time.Second)
 	clock := fmt.Sprintf("%02d:%02d:%02d.%03d", secs/3600, secs/60%60, secs%60, s.VMClock/time.Millisecond%1000)
-	fmt.Fprintf(b, "%-9s %-16s %8s%20s%13s%11s\n", s.ID, s.Name, sizeText(s.VMStateSize),
+	fmt.Fprintf(b, "%-9s %-16s %8s%20s%13s%11s\n", printable(s.ID), printable(s.Name), sizeText(s.VMStateSize),
 		s.Created.Local().Format("2006-01-02 15:04:05"), clock, icount)
 }
 
@@ -230,7 +230,7 @@ func writeSpecific(b *strings.Builder, dec *json.Decoder, depth int) error {
 	}
 	delim, composite := tok.(json.Delim)
 	if !composite {
-		fmt.Fprintf(b, " %v\n", tok)
+		fmt.Fprintf(b, " %s\n", printable(fmt.Sprint(tok)))
 		return nil
 	}
 	if depth > 0 {

@@ -5,6 +5,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"unicode"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -109,6 +110,10 @@ func TestInfoSameAsQEMUImg(t *testing.T) {
 			sameAsImg(t, append(append([]string{"info"}, options...), name)...)
 		}
 	}
+	for _, name := range []string{"\u00e4\u2028\u4e2d\U0001d11e.raw", "\x1b[2J\x7f\u009b\t\"\\u00e4\\.raw", "a\n<&>.raw"} {
+		copyFile(t, "disk.raw", name)
+		sameAsImg(t, "info", "--output=json", "-f", "raw", name)
+	}
 	sameAsImg(t, "info", "-f", "raw", "disk.qcow2")
 	sameAsImg(t, "info", "-f", "foo", "disk.qcow2")
 	sameAsImg(t, "info", "-f", "qcow2", "disk.raw")
@@ -196,6 +201,49 @@ func TestInfoOfWhatCannotBeServed(t *testing.T) {
 	}
 	if o := ours("imgnbd", "-r", "--run", "true", "disk.qcow2"); o.Code != 1 || !strings.Contains(o.Stderr, "Unsupported qcow2 feature(s)") {
 		t.Errorf("%+v", o)
+	}
+}
+
+// Of a header that is not whole nothing is known but its format.
+func TestInfoOfHalfAHeader(t *testing.T) {
+	workplace(t)
+	if err := os.Truncate("disk.qcow2", 50); err != nil {
+		t.Fatal(err)
+	}
+	if o := ours("imgnbd", "info", "disk.qcow2"); o.Code != 0 || !strings.Contains(o.Stdout, "\nvirtual size: unknown\n") {
+		t.Errorf("%+v", o)
+	}
+	if o := ours("imgnbd", "info", "--output=json", "disk.qcow2"); o.Code != 0 || strings.Contains(o.Stdout, "virtual-size") {
+		t.Errorf("%+v", o)
+	}
+}
+
+// No name in an image steers a terminal or fakes a line.
+func TestInfoIsPrintable(t *testing.T) {
+	workplace(t)
+	const name = "\x1b[2J\nimgnbd, no \u00fcber \u009b.raw"
+	const shown = "'\ufffd[2J\ufffdimgnbd, no \u00fcber \ufffd.raw'"
+	copyFile(t, "disk.raw", name)
+	qemu.Img(t, "create", "-q", "-f", "qcow2", "-b", name, "-F", "raw", "named.qcow2")
+	qemu.Img(t, "snapshot", "-c", name, "named.qcow2")
+	qemu.Img(t, "bitmap", "--add", "named.qcow2", name)
+	strange := func(s string) bool {
+		return strings.ContainsFunc(s, func(r rune) bool { return r != '\n' && !unicode.IsPrint(r) })
+	}
+	for _, args := range [][]string{{"info", "named.qcow2"}, {"info", "--backing-chain", "named.qcow2"}} {
+		o := ours(append([]string{"imgnbd"}, args...)...)
+		if o.Code != 0 || strange(o.Stdout) || strings.Contains(o.Stdout, "\nimgnbd") || strings.Count(o.Stdout, strings.Trim(shown, "'")) < 3 {
+			t.Errorf("%q: %+v", args, o)
+		}
+	}
+	if err := os.Remove(name); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{{"info", "--backing-chain", "named.qcow2"}, {"-r", "--run", "true", "named.qcow2"}} {
+		o := ours(append([]string{"imgnbd"}, args...)...)
+		if o.Code != 1 || strange(o.Stderr) || !strings.Contains(o.Stderr, "Could not open "+shown) {
+			t.Errorf("%q: %+v", args, o)
+		}
 	}
 }
 

@@ -7,7 +7,6 @@ import (
 	"net"
 	"strings"
 	"time"
-	"unicode"
 
 	"github.com/imgnbd/imgnbd/internal/nbd"
 )
@@ -105,16 +104,6 @@ func writeListed(b *strings.Builder, e *nbd.Listed, extended bool) {
 			fmt.Fprintf(b, "   %s\n", printable(c))
 		}
 	}
-}
-
-// printable keeps a server's words from steering a terminal or faking lines.
-func printable(s string) string {
-	return strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) {
-			return unicode.ReplacementChar
-		}
-		return r
-	}, s)
 }
 
 // dial connects to the server that the options name.

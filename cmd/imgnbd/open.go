@@ -74,7 +74,7 @@ func (o *imageOptions) chain(u *ui) *image.Chain {
 				u.bare("WARNING: " + s) // as QEMU prints it
 				return
 			}
-			u.warning(s)
+			u.warning(printable(s)) // one line, and names that images chose
 		},
 	}
 }
@@ -174,9 +174,9 @@ func (t *target) why(err error) string {
 	if !ok {
 		return err.Error()
 	}
-	name := place.Name
-	if name == t.name {
-		name = t.shown
+	name := t.shown
+	if place.Name != t.name && place.Name != name {
+		name = printable(place.Name)
 	}
 	before := strings.TrimSuffix(err.Error(), place.Error())
 	switch _, isErrno := errors.AsType[syscall.Errno](place.Err); {

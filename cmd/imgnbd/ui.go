@@ -11,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"unicode"
+	"unicode/utf16"
 
 	"github.com/imgnbd/imgnbd/image"
 )
@@ -20,7 +21,8 @@ import (
 //   - results go to stdout, everything else to stderr;
 //   - a message is one line that begins with the name of the program as it was
 //     called; "hint:" lines say what to do about the message above them;
-//   - text that scripts know from qemu-nbd or qemu-img is theirs to the byte.
+//   - text that scripts know from qemu-nbd or qemu-img is theirs to the byte;
+//   - what an image or a server chose is printable when people see it.
 
 // A ui is how the program talks to who called it.
 type ui struct {
@@ -43,7 +45,7 @@ func (u *ui) compat() bool { return u.name == "qemu-nbd" }
 
 func (u *ui) printf(format string, args ...any) { fmt.Fprintf(u.stdout, format, args...) }
 
-// json prints v as QEMU does.
+// json prints v as QEMU does: in ASCII.
 func (u *ui) json(v any) error {
 	var b strings.Builder
 	enc := json.NewEncoder(&b)
@@ -53,16 +55,42 @@ func (u *ui) json(v any) error {
 		return err
 	}
 	emptyList := regexp.MustCompile(`(?m)^( *)(.*)\[\](,?)$`)
-	u.printf("%s", emptyList.ReplaceAllString(b.String(), "$1$2[\n$1]$3"))
+	u.printf("%s", escaped(emptyList.ReplaceAllString(b.String(), "$1$2[\n$1]$3")))
 	return nil
+}
+
+// escaped writes what is not ASCII in JSON as \uXXXX, with capitals.
+func escaped(text string) string {
+	text = regexp.MustCompile(`\\(?:\\|u[0-9a-f]{4})`).ReplaceAllStringFunc(text, func(s string) string {
+		return `\` + strings.Replace(strings.ToUpper(s[1:]), "U", "u", 1)
+	})
+	return regexp.MustCompile(`[^\x00-\x7e]`).ReplaceAllStringFunc(text, func(s string) string {
+		var b strings.Builder
+		for _, unit := range utf16.Encode([]rune(s)) {
+			fmt.Fprintf(&b, `\u%04X`, unit)
+		}
+		return b.String()
+	})
 }
 
 // message prints one line, or several that belong together, at once: messages
 // of several goroutines do not mix.
-func (u *ui) message(text string) { io.WriteString(u.stderr, u.name+": "+text+"\n") }
+func (u *ui) message(text string) { u.bare(u.name + ": " + text) }
 
 // bare prints a line of QEMU's that does not begin with the program's name.
-func (u *ui) bare(text string) { io.WriteString(u.stderr, text+"\n") }
+func (u *ui) bare(text string) { io.WriteString(u.stderr, printableBut("\n\t", text)+"\n") }
+
+// printable keeps the words of others from steering a terminal or faking lines.
+func printable(s string) string { return printableBut("", s) }
+
+func printableBut(keep, s string) string {
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) && !strings.ContainsRune(keep, r) {
+			return unicode.ReplacementChar
+		}
+		return r
+	}, s)
+}
 
 func (u *ui) warning(text string) { u.message("warning: " + text) }
 
