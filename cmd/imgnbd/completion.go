@@ -164,7 +164,9 @@ func zshCompletion() string {
 			fmt.Fprintf(&b, "    if [[ $words[2] == %s && CURRENT -eq 3 ]]; then compadd %s; return; fi\n", name, strings.Join(list, " "))
 		}
 	}
-	b.WriteString("    _arguments -s $options '*:file:_files'\n}\n_imgnbd \"$@\"\n")
+	// Found in $fpath, the file is the function; otherwise it says what it is for.
+	b.WriteString("    _arguments -s $options '*:file:_files'\n}\n" +
+		"if [[ $funcstack[1] == _imgnbd ]]; then\n    _imgnbd \"$@\"\nelse\n    compdef _imgnbd imgnbd\nfi\n")
 	return b.String()
 }
 
