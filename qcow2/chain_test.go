@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -92,27 +93,36 @@ func TestChains(t *testing.T) {
 	}
 }
 
-// compareDepth compares extents with what qemu-nbd serves.
-func compareDepth(t *testing.T, d image.Device, file string) {
+// servedByQEMU has qemu-nbd serve an image. It returns what tells the block status
+// of a metadata context, and what ends the server.
+func servedByQEMU(t testing.TB, file string, options ...string) (status func(context string) []nbdRow, stop func() error) {
 	t.Helper()
 	sock := filepath.Join(t.TempDir(), "s")
-	_, stop := qemu.Start(t, "qemu-nbd", "-r", "-A", "-t", "-f", "qcow2", "-k", sock, file)
-	defer stop()
+	_, stop = qemu.Start(t, "qemu-nbd", append(options, "-r", "-t", "-f", "qcow2", "-k", sock, file)...)
 	for start := time.Now(); ; time.Sleep(10 * time.Millisecond) {
-		if _, err := os.Stat(sock); err == nil {
+		if c, err := net.Dial("unix", sock); err == nil {
+			c.Close()
 			break
 		}
 		if time.Since(start) > time.Minute {
 			t.Fatal("qemu-nbd does not listen")
 		}
 	}
-	served := func(context string) (rows []nbdRow) {
+	return func(context string) (rows []nbdRow) {
+		t.Helper()
 		out := qemu.Run(t, "nbdinfo", "--json", "--map="+context, "nbd+unix:///?socket="+sock)
 		if err := json.Unmarshal([]byte(out), &rows); err != nil {
 			t.Fatal(err)
 		}
 		return joinNBD(rows)
-	}
+	}, stop
+}
+
+// compareDepth compares extents with what qemu-nbd serves.
+func compareDepth(t *testing.T, d image.Device, file string) {
+	t.Helper()
+	served, stop := servedByQEMU(t, file, "-A")
+	defer stop()
 	var depth, allocation []nbdRow
 	for e, err := range image.Extents(d, 0, d.Info().Size, image.WantZero|image.WantAllocated) {
 		if err != nil {
@@ -250,22 +260,7 @@ func TestBitmaps(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		sock := filepath.Join(t.TempDir(), "s")
-		_, stop := qemu.Start(t, "qemu-nbd", "-r", "-B", name, "-t", "-f", "qcow2", "-k", sock, over)
-		for start := time.Now(); ; time.Sleep(10 * time.Millisecond) {
-			if _, err := os.Stat(sock); err == nil {
-				break
-			}
-			if time.Since(start) > time.Minute {
-				t.Fatal("qemu-nbd does not listen")
-			}
-		}
-		var rows []nbdRow
-		out := qemu.Run(t, "nbdinfo", "--json", "--map=qemu:dirty-bitmap:"+name, "nbd+unix:///?socket="+sock)
-		if err := json.Unmarshal([]byte(out), &rows); err != nil {
-			t.Fatal(err)
-		}
-		stop()
+		rows := bitmapByQEMU(t, over, name)
 		for _, step := range []int64{64 << 20, 100 << 10, 777} {
 			var got []nbdRow
 			size := im.Info().Size
@@ -283,7 +278,7 @@ func TestBitmaps(t *testing.T) {
 					off += e.Length
 				}
 			}
-			if diff := cmp.Diff(joinNBD(rows), joinNBD(got)); diff != "" {
+			if diff := cmp.Diff(rows, joinNBD(got)); diff != "" {
 				t.Errorf("%s in steps of %d (- qemu-nbd, + ours):\n%s", name, step, diff)
 			}
 		}

@@ -2,19 +2,15 @@ package qcow2
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"net"
 	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/internal/test/qemu"
@@ -55,24 +51,9 @@ func (m *bitmapModel) rows(size int64) []nbdRow {
 // bitmapByQEMU returns a bitmap as qemu-nbd shows it.
 func bitmapByQEMU(t testing.TB, file, name string) []nbdRow {
 	t.Helper()
-	sock := filepath.Join(t.TempDir(), "s")
-	_, stop := qemu.Start(t, "qemu-nbd", "-r", "-B", name, "-t", "-f", "qcow2", "-k", sock, file)
+	status, stop := servedByQEMU(t, file, "-B", name)
 	defer stop()
-	for start := time.Now(); ; time.Sleep(10 * time.Millisecond) {
-		if c, err := net.Dial("unix", sock); err == nil {
-			c.Close()
-			break
-		}
-		if time.Since(start) > time.Minute {
-			t.Fatal("qemu-nbd does not listen")
-		}
-	}
-	var rows []nbdRow
-	out := qemu.Run(t, "nbdinfo", "--json", "--map=qemu:dirty-bitmap:"+name, "nbd+unix:///?socket="+sock)
-	if err := json.Unmarshal([]byte(out), &rows); err != nil {
-		t.Fatal(err)
-	}
-	return joinNBD(rows)
+	return status("qemu:dirty-bitmap:" + name)
 }
 
 // bitmapByUs returns a bitmap as an open image shows it.
