@@ -133,6 +133,22 @@ func TestVersion(t *testing.T) {
 	}
 }
 
+// What is built between releases has a version as well.
+func TestVersionOf(t *testing.T) {
+	for _, tt := range [][3]string{
+		{"v1.2.3", "", "1.2.3"},
+		{"v1.2.3-4-gabcdef0-dirty", "", "1.2.3-4-gabcdef0-dirty"},
+		{"0466f69", "", "0.0.0-0466f69"},
+		{"f4b7e8a-dirty", "", "0.0.0-f4b7e8a-dirty"},
+		{"(devel)", "0466f6912345678", "0.0.0-0466f6912345"},
+		{"", "", "0.0.0-unreleased"},
+	} {
+		if got := versionOf(tt[0], tt[1]); got != tt[2] {
+			t.Errorf("%q: %s", tt[:2], got)
+		}
+	}
+}
+
 // The script completes what the program has: options, commands, values.
 func TestCompletion(t *testing.T) {
 	bash, err := exec.LookPath("bash")

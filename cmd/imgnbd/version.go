@@ -1,6 +1,7 @@
 package main
 
 import (
+	"regexp"
 	"runtime"
 	"runtime/debug"
 	"strings"
@@ -13,7 +14,7 @@ var version string
 // these are. Scripts compare it with what they need.
 const compatVersion = "7.2.0"
 
-// programVersion returns a version that begins with a digit.
+// programVersion returns a version that scripts can compare.
 func programVersion() string {
 	v, revision := version, ""
 	if info, ok := debug.ReadBuildInfo(); ok && v == "" {
@@ -24,9 +25,17 @@ func programVersion() string {
 			}
 		}
 	}
-	v = strings.TrimPrefix(v, "v")
+	return versionOf(v, revision)
+}
+
+var numbered = regexp.MustCompile(`^\d+\.\d+\.\d+`)
+
+// versionOf makes a version of what git describe said, or else of a revision. A
+// revision may begin with a digit, too.
+func versionOf(described, revision string) string {
+	v := strings.TrimPrefix(described, "v")
 	switch {
-	case v != "" && v[0] >= '0' && v[0] <= '9':
+	case numbered.MatchString(v):
 		return v
 	case v != "" && v != "(devel)": // a revision without a tag
 		return "0.0.0-" + v
