@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math"
 	"strings"
+	"unicode"
 
 	"github.com/imgnbd/imgnbd/image"
 )
@@ -294,7 +295,10 @@ func (h *header) check(p purpose) error {
 		return h.unknownFeatures(uint64(bits))
 	}
 	if h.incompatible&incompatCorrupt != 0 && p == forWriting {
-		return corrupt("qcow2: Image is corrupt; cannot be opened read/write")
+		return &image.Hint{
+			Err:    corrupt("qcow2: Image is corrupt; cannot be opened read/write"),
+			Advice: "repair it with imgnbd check -r all",
+		}
 	}
 	if h.incompatible&incompatExtendedL2 != 0 && 1<<h.clusterBits/subclusters < minSubclusterSize {
 		return unsupported("Unsupported subcluster size: %d", 1<<h.clusterBits/subclusters)
@@ -441,12 +445,22 @@ func (h *header) unknownFeatures(bits uint64) error {
 		}
 		bits &^= 1 << t[1]
 		name, _, _ := bytes.Cut(t[2:48], []byte{0})
-		names = append(names, strings.ToValidUTF8(string(name), "?"))
+		names = append(names, printable(string(name)))
 	}
 	if bits != 0 {
 		names = append(names, fmt.Sprintf("Unknown incompatible feature: %x", bits))
 	}
 	return unsupported("Unsupported qcow2 feature(s): %s", strings.Join(names, ", "))
+}
+
+// printable keeps a name in an image from making lines of its own in a message.
+func printable(name string) string {
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return unicode.ReplacementChar
+		}
+		return r
+	}, name)
 }
 
 // encodeFixed returns the fixed fields, which lie in the first sector and may

@@ -109,11 +109,11 @@ func TestUnknownFeatureByName(t *testing.T) {
 	h := testHeader()
 	row := make([]byte, 48)
 	row[1] = 40
-	copy(row[2:], "time travel")
+	copy(row[2:], "time\x1b travel\n\xff")
 	h.extensions = append(h.extensions, extension{extFeatureNames, row})
 	h.incompatible = 1<<40 | 1<<41
 	err := h.check(forReading)
-	if want := "Unsupported qcow2 feature(s): time travel, Unknown incompatible feature: 20000000000"; err == nil || err.Error() != want {
+	if want := "Unsupported qcow2 feature(s): time\ufffd travel\ufffd\ufffd, Unknown incompatible feature: 20000000000"; err == nil || err.Error() != want {
 		t.Errorf("got %v, want %q", err, want)
 	}
 }

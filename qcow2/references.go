@@ -253,11 +253,11 @@ func (c *checker) countSnapshots() error {
 	for i := range c.snapshots {
 		sn := &c.snapshots[i]
 		if sn.l1At&uint64(c.g.clusterSize-1) != 0 {
-			c.corrupt("ERROR snapshot %s (%s) l1_offset=%#x: L1 table is not cluster aligned; snapshot table entry corrupted", sn.ID, sn.Name, sn.l1At)
+			c.corrupt("ERROR snapshot %s (%s) l1_offset=%#x: L1 table is not cluster aligned; snapshot table entry corrupted", printable(sn.ID), printable(sn.Name), sn.l1At)
 			continue
 		}
 		if sn.l1Size > maxL1Size/8 {
-			c.corrupt("ERROR snapshot %s (%s) l1_size=%#x: L1 table is too large; snapshot table entry corrupted", sn.ID, sn.Name, sn.l1Size)
+			c.corrupt("ERROR snapshot %s (%s) l1_size=%#x: L1 table is too large; snapshot table entry corrupted", printable(sn.ID), printable(sn.Name), sn.l1Size)
 			continue
 		}
 		if c.refs.get(int64(sn.l1At)>>c.g.clusterBits) > maxSameTable {

@@ -49,7 +49,7 @@ func infoCommand() *command {
 		}
 		for _, in := range all {
 			if in.Problem != nil {
-				u.warning(fmt.Sprintf("%s cannot be opened: %v", in.Name, in.Problem))
+				u.warning(printable(fmt.Sprintf("%s cannot be opened: %v", in.Name, in.Problem)))
 			}
 		}
 		if form.json {

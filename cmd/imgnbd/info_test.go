@@ -268,7 +268,18 @@ func TestRepairSameAsQEMUImg(t *testing.T) {
 			}
 		}
 	}
-	o := ours("imgnbd", "check", "-r", "some", "disk.qcow2")
+	// What is advised for an image that is marked as corrupt works.
+	o := ours("imgnbd", "--run", "true", "corrupt-bit.qcow2")
+	if o.Code != 1 || !strings.Contains(o.Stderr, "\nimgnbd: hint: repair it with imgnbd check -r all\n") {
+		t.Errorf("%+v", o)
+	}
+	if o := ours("imgnbd", "check", "-r", "all", "corrupt-bit.qcow2"); o.Code != 0 {
+		t.Errorf("%+v", o)
+	}
+	if o := ours("imgnbd", "--run", "true", "corrupt-bit.qcow2"); o.Code != 0 {
+		t.Errorf("%+v", o)
+	}
+	o = ours("imgnbd", "check", "-r", "some", "disk.qcow2")
 	if want := "Unknown option value for -r (expecting 'leaks' or 'all'): some"; o.Code != 1 || !strings.Contains(o.Stderr, want) {
 		t.Errorf("%+v", o)
 	}

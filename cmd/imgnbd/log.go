@@ -51,7 +51,7 @@ func (h *logHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 
 func (h *logHandler) WithGroup(string) slog.Handler { return h }
 
-// attrText quotes what a client may have chosen.
+// attrText quotes what a client may have chosen, and keeps a record on its line.
 func attrText(a slog.Attr) string {
 	switch v := a.Value.Any().(type) {
 	case string:
@@ -64,6 +64,6 @@ func attrText(a slog.Attr) string {
 		}
 		return fmt.Sprintf(", %s %q", a.Key, v.Name)
 	default:
-		return fmt.Sprintf(", %s %v", a.Key, v)
+		return fmt.Sprintf(", %s %s", a.Key, printable(fmt.Sprint(v)))
 	}
 }

@@ -36,7 +36,11 @@ func findPartition(file string, dev image.Device, number int) (off, n int64, err
 		_, off, n, err = table.Find(number)
 	}
 	if err != nil {
-		return 0, 0, hinted(fmt.Errorf("%s: %w", file, err), "imgnbd partitions shows the table")
+		err = fmt.Errorf("%s: %w", file, err)
+		if !errors.Is(err, partition.ErrNone) {
+			err = hinted(err, "imgnbd partitions shows the table")
+		}
+		return 0, 0, err
 	}
 	return off, n, nil
 }
