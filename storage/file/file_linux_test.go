@@ -169,7 +169,6 @@ func TestSuiteOnFileSystems(t *testing.T) {
 	}
 }
 
-// Who waits for a buffer holds no lock, or all could wait for each other.
 // What is written to the block in which a file ends never lengthens the file, not
 // even for a moment, in which a process could be killed.
 func TestDirectTail(t *testing.T) {
@@ -209,6 +208,7 @@ func TestDirectTail(t *testing.T) {
 	}
 }
 
+// Who waits for a buffer holds no lock, or all could wait for each other.
 func TestDirectWithOneBuffer(t *testing.T) {
 	skipWithoutDirect(t, onDisk, storage.Options{Access: storage.WriteGrow, Direct: true})
 	s := mustOpen(t, filepath.Join(t.TempDir(), "file"), storage.Options{Access: storage.WriteGrow, Create: true, Direct: true})
@@ -418,9 +418,37 @@ func TestIdentity(t *testing.T) {
 func TestDirectRefused(t *testing.T) {
 	_, err := tryOpen("/proc/version", storage.Options{Direct: true})
 	wantErr(t, err, syscall.EINVAL)
+	wantNoDirect(t, err)
+}
+
+func wantNoDirect(t *testing.T, err error) {
+	t.Helper()
 	if hint, ok := errors.AsType[*storage.Hint](err); !ok || !strings.Contains(err.Error(), "direct I/O") {
 		t.Errorf("direct I/O where there is none: %v, hint %v", err, hint)
 	}
+}
+
+// Where the kernel lets a file be opened for direct I/O, and then goes through the
+// page cache all the same, that is no direct I/O.
+func TestDirectRefusedForFile(t *testing.T) {
+	qemu.Require(t, "mkfs.ext4", "mount", "umount")
+	requireRoot(t)
+	image, dir := filepath.Join(t.TempDir(), "image"), t.TempDir()
+	pass(t, os.WriteFile(image, nil, 0o600))
+	pass(t, os.Truncate(image, 64<<20))
+	qemu.Run(t, "mkfs.ext4", "-q", image)
+	qemu.Run(t, "mount", "-o", "loop,data=journal", image, dir)
+	t.Cleanup(func() { qemu.Run(t, "umount", dir) })
+	path := filepath.Join(dir, "file")
+	pass(t, os.WriteFile(path, make([]byte, 4096), 0o600))
+	s, err := tryOpen(path, storage.Options{Direct: true})
+	if err == nil {
+		pass(t, s.Close())
+		if !since(6, 1) {
+			t.Skip("this kernel does not tell")
+		}
+	}
+	wantNoDirect(t, err)
 }
 
 func TestCreate(t *testing.T) {

@@ -103,7 +103,6 @@ func wantLock(t *testing.T, path, how, words, holder string) {
 	}
 }
 
-// An image that QEMU has open is refused exactly where QEMU refuses itself.
 // A child between fork and exec has the files of its parent, and would keep
 // their locks beyond Close.
 func TestCloseUnlocks(t *testing.T) {
@@ -121,6 +120,7 @@ func TestCloseUnlocks(t *testing.T) {
 	pass(t, mustOpen(t, path, opt).Close())
 }
 
+// An image that QEMU has open is refused exactly where QEMU refuses itself.
 func TestRespectsQEMU(t *testing.T) {
 	for _, c := range []struct {
 		format, readOnly string

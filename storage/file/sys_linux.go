@@ -67,10 +67,7 @@ func openFound(held int, path string, opt storage.Options) (*node, error) {
 	fd, err := openHeld(held, path, flags)
 	switch {
 	case err == unix.EINVAL && opt.Direct:
-		return nil, &storage.Hint{
-			Err:    fmt.Errorf("the file system has no direct I/O: %w", err),
-			Advice: "Choose a cache mode that uses the page cache (writeback or writethrough).",
-		}
+		return nil, noDirect(fmt.Errorf("the file system has no direct I/O: %w", err))
 	case err != nil:
 		return nil, err
 	}
@@ -87,6 +84,11 @@ func openFound(held int, path string, opt storage.Options) (*node, error) {
 		return nil, err
 	}
 	return n, nil
+}
+
+// noDirect is an error of direct I/O, with what to do instead.
+func noDirect(err error) error {
+	return &storage.Hint{Err: err, Advice: "Choose a cache mode that uses the page cache (writeback or writethrough)."}
 }
 
 // openHeld opens the node that held refers to and path named.
@@ -257,7 +259,7 @@ func (n *node) findAlignment() error {
 		return nil
 	}
 	if st.Dio_offset_align == 0 {
-		return errors.New("the file has no direct I/O")
+		return noDirect(errors.New("the file system has no direct I/O for this file"))
 	}
 	n.directBlock = max(int64(st.Dio_offset_align), 512)
 	n.directMemory = max(uintptr(st.Dio_mem_align), 1)
