@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"fmt"
 	"io/fs"
+	"iter"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -187,11 +188,7 @@ func (e *lockError) Unwrap() error { return storage.ErrInUse }
 // may look at. The kernel names none for locks of this kind, but shows them
 // with each open file.
 func lockHolder(fd, at int) string {
-	var st unix.Stat_t
-	if unix.Fstat(fd, &st) != nil {
-		return ""
-	}
-	inode := fmt.Sprintf("%02x:%02x:%d", unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino)
+	inode := lockedInode(fd)
 	infos, _ := filepath.Glob("/proc/[0-9]*/fdinfo/*")
 	self := strconv.Itoa(os.Getpid())
 	for _, info := range infos[:min(len(infos), 20000)] {
@@ -211,19 +208,24 @@ func lockHolder(fd, at int) string {
 	return ""
 }
 
-// hasLock reports whether an open file has a lock on the byte of inode. Its
-// lines look so:
-//
-//	lock:	1: OFDLCK  ADVISORY  READ -1 fe:00:1234 100 101
-func hasLock(info, inode string, at int) bool {
-	f, err := os.Open(info)
-	if err != nil {
-		return false
+// lockedInode names the inode of an open file as the lines of locks do. The file has
+// some, as a rule. Its device need not be the one that Fstat tells: btrfs and overlayfs
+// have several.
+func lockedInode(fd int) string {
+	for words := range locks(fmt.Sprintf("/proc/self/fdinfo/%d", fd)) {
+		return words[6]
 	}
-	defer f.Close()
-	for lines := bufio.NewScanner(f); lines.Scan(); {
-		words := strings.Fields(lines.Text())
-		if len(words) != 9 || words[0] != "lock:" || words[6] != inode {
+	var st unix.Stat_t
+	if unix.Fstat(fd, &st) != nil {
+		return ""
+	}
+	return fmt.Sprintf("%02x:%02x:%d", unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino)
+}
+
+// hasLock reports whether an open file has a lock on the byte of inode.
+func hasLock(info, inode string, at int) bool {
+	for words := range locks(info) {
+		if words[6] != inode {
 			continue
 		}
 		first, err := strconv.Atoi(words[7])
@@ -235,4 +237,22 @@ func hasLock(info, inode string, at int) bool {
 		}
 	}
 	return false
+}
+
+// locks yields the words of each lock of an open file:
+//
+//	lock:	1: OFDLCK  ADVISORY  READ -1 fe:00:1234 100 101
+func locks(info string) iter.Seq[[]string] {
+	return func(yield func([]string) bool) {
+		f, err := os.Open(info)
+		if err != nil {
+			return
+		}
+		defer f.Close()
+		for lines := bufio.NewScanner(f); lines.Scan(); {
+			if words := strings.Fields(lines.Text()); len(words) == 9 && words[0] == "lock:" && !yield(words) {
+				return
+			}
+		}
+	}
 }

@@ -229,6 +229,27 @@ func TestLocksWithinOneProcess(t *testing.T) {
 	}
 }
 
+// Who has an image is found where files have another device than the locks on them.
+func TestLockHolderOnOverlay(t *testing.T) {
+	qemu.Require(t, "mount", "umount")
+	requireRoot(t)
+	lower, upper, dir := memoryDir(t), t.TempDir(), t.TempDir()
+	pass(t, os.WriteFile(filepath.Join(lower, "file"), make([]byte, 512), 0o600))
+	qemu.Run(t, "mount", "-t", "tmpfs", "imgnbd-test", upper) // an overlay needs one that is none itself
+	t.Cleanup(func() { qemu.Run(t, "umount", upper) })
+	for _, sub := range []string{"up", "work"} {
+		pass(t, os.Mkdir(filepath.Join(upper, sub), 0o700))
+	}
+	layers := fmt.Sprintf("lowerdir=%s,upperdir=%s/up,workdir=%s/work,xino=off", lower, upper, upper)
+	if r := qemu.Try(t, "mount", "-t", "overlay", "-o", layers, "overlay", dir); r.Code != 0 {
+		t.Skipf("this kernel does not mount it: %s", r.Stderr)
+	}
+	t.Cleanup(func() { qemu.Run(t, "umount", dir) })
+	path := filepath.Join(dir, "file")
+	mustOpen(t, path, openings["write"])
+	wantLock(t, path, "write", writeLock, "in use by this process already")
+}
+
 // The locks of a store outlive it in a file, and go to whoever opens the bytes
 // next: at no moment can a third one have them.
 func TestHoldLocks(t *testing.T) {
