@@ -3,6 +3,7 @@ package export
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -230,6 +231,27 @@ func TestFlood(t *testing.T) {
 			t.Errorf("%d requests were in progress", most.Load())
 		}
 	})
+}
+
+// A client that aborts the negotiation has not left in disorder because it does
+// not wait for the answer.
+func TestAbortWithoutWaiting(t *testing.T) {
+	here, there := net.Pipe()
+	ended := make(chan error, 1)
+	go func() { ended <- new(Server).ServeConn(there) }()
+	if _, err := io.ReadFull(here, make([]byte, 18)); err != nil {
+		t.Fatal(err)
+	}
+	abort := binary.BigEndian.AppendUint32(nil, nbd.FlagFixedNewstyle)
+	abort = binary.BigEndian.AppendUint64(abort, nbd.MagicOption)
+	abort = binary.BigEndian.AppendUint64(abort, uint64(nbd.OptAbort)<<32)
+	if _, err := here.Write(abort); err != nil {
+		t.Fatal(err)
+	}
+	here.Close()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
 }
 
 // TestDisconnect: what was asked for before DISC is answered; a client that

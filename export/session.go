@@ -220,7 +220,10 @@ func (s *session) handshake() (*agreement, error) {
 			n = n.afterTLS()
 			continue
 		}
-		if next == hangup || err != nil {
+		if next == hangup {
+			return nil, nil // who leaves need not wait for the answer
+		}
+		if err != nil {
 			return nil, err
 		}
 	}
