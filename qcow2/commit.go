@@ -509,8 +509,8 @@ func (c *committer) lowerLate() error {
 	if err := c.once(); err != nil {
 		return err
 	}
-	if unread != nil {
-		return fmt.Errorf("clusters that were given up still count as used: %w", unread)
+	if len(c.late) > 0 || c.refs.owes() {
+		return fmt.Errorf("clusters that were given up still count as used: %w", first(unread, errUnread))
 	}
 	return nil
 }

@@ -227,6 +227,17 @@ func (r *refcounts) lowerLate() (err error) {
 	return err
 }
 
+// owes reports whether something still waits to be lowered. What was used again
+// does not.
+func (r *refcounts) owes() bool {
+	for _, clusters := range r.late {
+		if len(clusters) > 0 {
+			return true
+		}
+	}
+	return false
+}
+
 // count returns the refcount of host cluster c. It does not try again to read
 // what could not be read.
 func (r *refcounts) count(c int64) (uint64, error) {
