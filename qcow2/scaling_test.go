@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"math/rand/v2"
 	"sync"
@@ -258,5 +259,33 @@ func TestMissAtHand(t *testing.T) {
 	}
 	if err := <-patient; err != nil || waited != 1 {
 		t.Errorf("who waited: %v, after %d loads", err, waited)
+	}
+}
+
+// Discarding and zeroing what has no table, as making a file system does with
+// the whole disk, takes nothing out of the cache.
+func TestEmptinessIsNotCached(t *testing.T) {
+	params := []image.Param{{Key: "l2-cache-size", Value: "32k"}}
+	im, err := Open(context.Background(), memImage(t, "cluster_size=4k", "1G", 0), image.Options{Params: params})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer im.Close()
+	span := im.geo.sliceSpan()
+	for no := range int64(4) { // less than the cache has room for
+		if err := im.WriteAt([]byte{1}, no*span, image.FUA); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := im.Discard(4*span, 1<<30-4*span); err != nil {
+		t.Fatal(err)
+	}
+	if err := im.WriteZeroes(4*span, 1<<30-4*span, image.MayUnmap); err != nil {
+		t.Fatal(err)
+	}
+	for no := range uint64(4) {
+		if im.mapping.cache.peek(no) == nil {
+			t.Errorf("slice %d is not in the cache any more", no)
+		}
 	}
 }

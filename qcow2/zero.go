@@ -160,13 +160,21 @@ func (w *writer) zeroed(e l2Entry, b l2Bitmap, unmap bool) (l2Entry, l2Bitmap) {
 // zeroSlice zeroes whole clusters from off on: those within one slice.
 func (w *writer) zeroSlice(off, n int64, unmap bool) (int64, obstacle, error) {
 	g := w.geo
-	s, err := w.mapping.cache.get(g.sliceNo(off), true)
+	no, lo := g.sliceNo(off), g.sliceIndex(off)
+	hi := min(1<<g.sliceBits, lo+int(n>>g.clusterBits))
+	did := int64(hi-lo) << g.clusterBits
+	if w.backing == nil {
+		// An empty disk is zeros already, however large, and is not loaded.
+		if s, _, err := w.mapping.slice(no, true); err != nil {
+			return 0, obstacle{}, err
+		} else if s == nil {
+			return did, obstacle{}, nil
+		}
+	}
+	s, err := w.mapping.cache.get(no, true)
 	if err != nil {
 		return 0, obstacle{}, err
 	}
-	lo := g.sliceIndex(off)
-	hi := min(1<<g.sliceBits, lo+int(n>>g.clusterBits))
-	did := int64(hi-lo) << g.clusterBits
 	c, o := w.claim(s, lo, hi)
 	if c == nil {
 		return 0, o, nil
