@@ -272,6 +272,20 @@ func TestCorrupt(t *testing.T) {
 			}
 		})
 	}
+	// A table that was cut off, within what is read of it at once.
+	b := newBuilder(600<<10, 32<<10, 512)
+	b.full(0, []byte{1})
+	e, _ := b.entry(0)
+	at := b.grow(0) * b.chunk
+	copy(b.file[at:], b.file[e:e+b.chunk])
+	b.put64(0x208, uint64(at/b.chunk))
+	if d, err := open(t, b.file[:at+24]); err != nil {
+		t.Error(err)
+	} else if _, err := d.ReadAt(make([]byte, 512), 10*b.chunk); !errors.Is(err, image.ErrCorrupt) {
+		t.Errorf("an entry that is past the end: %v", err)
+	} else if _, err := d.ReadAt(make([]byte, 512), 0); err != nil {
+		t.Errorf("an entry before it: %v", err)
+	}
 	file, _ := sample(600<<10, 32<<10, 512)
 	for n := range 0x300 {
 		if d, err := open(t, file[:n]); err == nil {

@@ -127,6 +127,9 @@ func (m *mapping) sectors(bitmap, first, n int64, try bool) (written bool, run i
 
 // word reads 8 bytes of metadata at an offset that is a multiple of 8.
 func (m *mapping) word(off int64, try bool) (uint64, error) {
+	if off > m.fileSize-8 {
+		return 0, corrupt("metadata at %#x is past the end (%#x)", off, m.fileSize)
+	}
 	at := off &^ (pageSize - 1)
 	m.mu.RLock()
 	page := m.pages[at]
@@ -142,9 +145,6 @@ func (m *mapping) word(off int64, try bool) (uint64, error) {
 
 func (m *mapping) load(at int64, try bool) (*[pageSize]byte, error) {
 	page := new([pageSize]byte)
-	if at > m.fileSize-8 {
-		return nil, corrupt("metadata at %#x is past the end (%#x)", at, m.fileSize)
-	}
 	p := page[:min(pageSize, m.fileSize-at)]
 	var err error
 	if try {
