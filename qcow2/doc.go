@@ -105,10 +105,12 @@
 //
 // Errors leave the state as it was. A request that fails before it links gives
 // back what it took. A batch that fails is dirty again, whole, and the next
-// commit tries again. A count that cannot be read fails the batches that raise
-// it; to be lowered it waits, and is a leak at worst. Only a failed sync is for
-// good: the host forgets which pages it could not write, and a later sync tells
-// nothing about them.
+// commit tries again. So what a batch has to read is read before it is relied
+// on: a table that is to be copied by who changes it, and counts before a cluster
+// is handed out. A count that cannot be read afterwards fails the batches that
+// raise it; to be lowered it waits, and is a leak at worst. Only a failed sync is
+// for good: the host forgets which pages it could not write, and a later sync
+// tells nothing about them.
 //
 // # Bitmaps
 //

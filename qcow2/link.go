@@ -165,6 +165,22 @@ func (c *changes) ensureTable(s *slice) (bool, error) {
 	return true, nil
 }
 
+// sharedTable returns where the L2 table lies that a new one has to replace
+// before the slice can be written to, 0 if there is none or that is provided for.
+func (c *changes) sharedTable(s *slice) int64 {
+	i, _ := c.m.geo.sliceTable(s.no)
+	old := l1Entry(c.m.l1[i].Load())
+	if old.ours() || old.host() == 0 {
+		return 0
+	}
+	c.tableMu.Lock()
+	defer c.tableMu.Unlock()
+	if c.tables[i] != nil {
+		return 0
+	}
+	return old.host()
+}
+
 // takeTable returns the new table of an L1 index if no batch has it, nil
 // otherwise or if there is none.
 func (c *changes) takeTable(l1Index int64) *newTable {

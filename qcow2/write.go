@@ -156,8 +156,17 @@ func (w *writer) allocate(s *slice, p []byte, off int64) (n int64, o obstacle, e
 	return n, obstacle{}, nil
 }
 
-// ensureTable provides for an L2 table of s, unless that takes a commit.
+// ensureTable provides for an L2 table of s, unless that takes a commit. One that
+// snapshots have too is read before: if it cannot be, the commit that is to copy
+// it would fail, with all that others wrote.
 func (w *writer) ensureTable(s *slice) (obstacle, error) {
+	if host := w.changes.sharedTable(s); host != 0 {
+		b := w.buffer()
+		defer w.buffers.Put(b)
+		if err := readZeroPadded(w.store, *b, host); err != nil {
+			return obstacle{}, fmt.Errorf("L2 table at %#x: %w", host, err)
+		}
+	}
 	ok, err := w.changes.ensureTable(s)
 	if err != nil || ok {
 		return obstacle{}, w.commit.condemn(err)
@@ -363,11 +372,7 @@ func (w *writer) readsZero(off, n int64) (bool, error) {
 // writeFilled writes p at host offset at, with the head bytes before and the
 // tail bytes after it in the guest, all within one cluster.
 func (w *writer) writeFilled(p []byte, off, at, head, tail int64) error {
-	b, _ := w.buffers.Get().(*[]byte)
-	if b == nil {
-		buf := make([]byte, w.geo.clusterSize)
-		b = &buf
-	}
+	b := w.buffer()
 	defer w.buffers.Put(b)
 	n := int64(len(p))
 	buf := (*b)[:head+n+tail]
@@ -379,6 +384,15 @@ func (w *writer) writeFilled(p []byte, off, at, head, tail int64) error {
 	}
 	copy(buf[head:], p)
 	return w.data.WriteAt(buf, at-head, 0)
+}
+
+// buffer returns memory for a cluster, to be put back into buffers.
+func (w *writer) buffer() *[]byte {
+	if b, _ := w.buffers.Get().(*[]byte); b != nil {
+		return b
+	}
+	b := make([]byte, w.geo.clusterSize)
+	return &b
 }
 
 // link makes entries from lo on point to the clusters of r.

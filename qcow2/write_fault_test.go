@@ -259,3 +259,50 @@ func TestUnreadableCounts(t *testing.T) {
 		})
 	}
 }
+
+// An L2 table that snapshots have too and that cannot be read is in the way of
+// writes to it, and not of commits: what else was written can be made durable.
+func TestUnreadableSharedTable(t *testing.T) {
+	r := writeRecipe{options: "cluster_size=8k", size: 16 << 20, io: []string{"write -P 1 0 1M", "write -P 2 8M 1M"}, after: [][]string{{"snapshot", "-c", "one", "FILE"}}}
+	file, content := r.make(t)
+	img, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mem := storagetest.MemOf(img)
+	store := storagetest.Fault(mem, nil)
+	im, err := Open(context.Background(), store, image.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := bytes.Repeat([]byte{9}, 8192)
+	table := l1Entry(im.mapping.l1[0].Load()).host()
+	store.Inject(storagetest.Within(storagetest.OpRead, table+4096, 4096, storagetest.Failure{Err: syscall.EIO}))
+	for name, change := range map[string]func() error{
+		"write":   func() error { return im.WriteAt(p, 0, 0) },
+		"zero":    func() error { return im.WriteZeroes(0, 8192, 0) },
+		"discard": func() error { return im.Discard(0, 8192) },
+	} {
+		if err := change(); !errors.Is(err, syscall.EIO) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if err := im.WriteAt(p, 8<<20, 0); err != nil { // of another table
+		t.Fatal(err)
+	}
+	copy(content[8<<20:], p)
+	if err := im.Flush(); err != nil {
+		t.Error(err)
+	}
+	store.Inject(nil)
+	if err := im.WriteAt(p, 0, image.FUA); err != nil {
+		t.Fatal(err)
+	}
+	copy(content, p)
+	if err := im.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if v := crashJudge(mem.Bytes(), nil, nil); len(v.corrupt) > 0 || v.leaks > 0 || !bytes.Equal(v.guest, content) {
+		t.Errorf("%v, %d leaks, contents as written: %v", v.corrupt, v.leaks, bytes.Equal(v.guest, content))
+	}
+}
