@@ -480,6 +480,32 @@ func TestJournalGrowsAfterCommit(t *testing.T) {
 	}
 }
 
+// A request that changes more than the journal has room for does so in parts.
+func TestJournalSmallerThanARequest(t *testing.T) {
+	for _, options := range []string{"", "extended_l2=on"} {
+		im, err := Open(context.Background(), memImage(t, options, "64M", 0), image.Options{Journal: newJournalMemory(64)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan error, 1)
+		go func() {
+			done <- errors.Join(
+				im.WriteAt(bytes.Repeat([]byte{1}, 16<<20), 0, 0),
+				im.WriteZeroes(0, 64<<20, 0),
+				im.Discard(0, 64<<20),
+				im.Close())
+		}()
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Error(err)
+			}
+		case <-time.After(time.Minute):
+			t.Fatal("it does not end")
+		}
+	}
+}
+
 // A slot that a killed writer left half made is skipped, not the end.
 func TestJournalTornRecord(t *testing.T) {
 	memory := newJournalMemory(64)

@@ -92,7 +92,7 @@ func (w *writer) claim(s *slice, lo, hi int) (*claim, obstacle) {
 func (w *writer) allocate(s *slice, p []byte, off int64) (n int64, o obstacle, err error) {
 	g := w.geo
 	lo := g.sliceIndex(off)
-	hi := min(1<<g.sliceBits, lo+int(g.clusters(g.within(off)+int64(len(p)))))
+	hi := min(1<<g.sliceBits, lo+int(g.clusters(g.within(off)+int64(len(p)))), lo+w.atOnce())
 	if g.extended {
 		whole := int64(len(p)) >> g.clusterBits
 		if g.within(off) != 0 || whole == 0 || w.elsewhere(s, lo, lo+1) == lo {

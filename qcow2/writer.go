@@ -371,6 +371,16 @@ func (r *request) each(off, n int64, step func(off, n int64) (int64, obstacle, e
 	return nil
 }
 
+// atOnce returns how many entries one step may change: those of a slice, unless
+// the journal has room for fewer.
+func (w *writer) atOnce() int {
+	n := 1 << w.geo.sliceBits
+	if w.journal != nil {
+		n = min(n, int(w.journal.slots.Load()/uint64(w.geo.entryWords)))
+	}
+	return n
+}
+
 // reserve sees to it that n changes can be recorded.
 func (w *writer) reserve(n int) bool {
 	return w.journal == nil || w.journal.reserve(n*int(w.geo.entryWords))

@@ -161,7 +161,7 @@ func (w *writer) zeroed(e l2Entry, b l2Bitmap, unmap bool) (l2Entry, l2Bitmap) {
 func (w *writer) zeroSlice(off, n int64, unmap bool) (int64, obstacle, error) {
 	g := w.geo
 	no, lo := g.sliceNo(off), g.sliceIndex(off)
-	hi := min(1<<g.sliceBits, lo+int(n>>g.clusterBits))
+	hi := min(1<<g.sliceBits, lo+int(n>>g.clusterBits), lo+w.atOnce())
 	did := int64(hi-lo) << g.clusterBits
 	if w.backing == nil {
 		// An empty disk is zeros already, however large, and is not loaded.
