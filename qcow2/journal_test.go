@@ -142,6 +142,54 @@ func TestTakeoverBehindNewBlock(t *testing.T) {
 	}
 }
 
+// Refcount blocks that were not linked yet are made again where the device has
+// room, though it has none at its end.
+func TestTakeoverMakesBlocksOnFullDevice(t *testing.T) {
+	const size, cluster = 1 << 20, 512
+	s := memImage(t, "cluster_size=512", "1M", size/2)
+	h, err := parseHeader(s.Bytes())
+	if err != nil {
+		t.Fatal(err)
+	}
+	block := int64(binary.BigEndian.Uint64(s.Bytes()[h.refTableOffset:]))
+	// While no count can be written, what is written is in the journal.
+	memory := newJournalMemory(4096)
+	faulty := storagetest.Fault(s, nil)
+	im, err := Open(context.Background(), faulty, image.Options{Journal: memory})
+	if err != nil {
+		t.Fatal(err)
+	}
+	faulty.Inject(storagetest.Within(storagetest.OpWrite, block, cluster, storagetest.Failure{Err: syscall.EIO}))
+	want := make([]byte, size)
+	for at := int64(0); at < size; at += cluster {
+		p := bytes.Repeat([]byte{byte(at/cluster%250 + 1)}, cluster)
+		if err := im.WriteAt(p, at, 0); err != nil {
+			break
+		}
+		copy(want[at:], p)
+	}
+	if a := im.writer.alloc; a.tail != size/2/cluster {
+		t.Fatalf("%d clusters were handed out", a.tail)
+	}
+	im.writer.commit.stop()
+	im.mapping.close()
+
+	mem := new(storagetest.Log).NewStore(s.Bytes(), storage.Info{FixedSize: true})
+	if im, err = Open(context.Background(), mem, image.Options{Journal: memory}); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, size)
+	if _, err := im.ReadAt(got, 0); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("what was written does not read back, %v", err)
+	}
+	if err := im.Close(); err != nil {
+		t.Error(err)
+	}
+	if v := crashJudge(mem.Bytes(), nil, nil); len(v.corrupt) > 0 || v.leaks > 0 || !bytes.Equal(v.guest, want) {
+		t.Errorf("%v, %d leaks, contents as written: %v", v.corrupt, v.leaks, bytes.Equal(v.guest, want))
+	}
+}
+
 // A takeover that finds no room says so, and is done when there is some: what the
 // process that died had counted for a table is a leak, and the device is full.
 func TestTakeoverOnFullDevice(t *testing.T) {

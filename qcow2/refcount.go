@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"slices"
-	"syscall"
 
 	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/storage"
@@ -328,35 +327,6 @@ func (r *refcounts) extend(a *allocator) error {
 	return nil
 }
 
-// cover sees to it that cluster c, below the tail, has a refcount block, before
-// anything was handed out by a. It commits where that takes more than one batch.
-func (r *refcounts) cover(a *allocator, c int64) error {
-	for r.covered(c) == c && c < r.end {
-		i := c >> r.g.refBlockBits
-		if r.covered(a.tail) == a.tail {
-			i = a.tail >> r.g.refBlockBits // first the block that counts the blocks
-		}
-		var made bool
-		var err error
-		switch {
-		case a.tail >= r.end:
-			err = syscall.ENOSPC
-		case i < int64(len(r.table)):
-			if made, err = r.makeBlock(a, i); err == nil && !made {
-				err = r.commit()
-			}
-		default:
-			if made, err = r.growTable(a); err == nil && !made {
-				err = syscall.ENOSPC
-			}
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 // pending reports whether there is something to link.
 func (r *refcounts) pending() bool { return len(r.made) > 0 || r.grown != nil }
 
@@ -367,16 +337,17 @@ func (r *refcounts) makeBlock(a *allocator, i int64) (bool, error) {
 	if by := a.tail >> r.g.refBlockBits; by != i && r.unknown[by] {
 		return false, nil
 	}
-	return true, r.placeBlock(a, i)
+	return true, r.placeBlock(a, i, a.tail)
 }
 
-func (r *refcounts) placeBlock(a *allocator, i int64) error {
+// placeBlock makes the refcount block of range i in a free cluster that is not
+// behind the tail.
+func (r *refcounts) placeBlock(a *allocator, i, host int64) error {
 	if r.table[i] != 0 {
 		a.limit = r.covered(a.limit)
 		return nil
 	}
-	host := a.tail
-	a.tail++
+	a.tail = max(a.tail, host+1)
 	if err := r.tables.add(r.g, hostRun{host, 1}); err != nil {
 		return err
 	}
@@ -404,7 +375,7 @@ func (r *refcounts) growTable(a *allocator) (bool, error) {
 	r.table = append(r.table, make([]refTableEntry, n<<r.g.clusterBits/8-int64(len(r.table)))...)
 	for a.limit-a.tail < n {
 		// All these are linked at once, by the header.
-		if err := r.placeBlock(a, a.limit>>r.g.refBlockBits); err != nil {
+		if err := r.placeBlock(a, a.limit>>r.g.refBlockBits, a.tail); err != nil {
 			return false, err
 		}
 	}

@@ -108,7 +108,7 @@ func (t *takeover) room() error {
 	a.fresh = max(a.fresh, a.tail)
 	refs.scanEnd = 0 // what the journal names looks free until it is counted
 	for c := range t.named() {
-		if err := refs.cover(a, c); err != nil {
+		if err := t.cover(c); err != nil {
 			return err
 		}
 	}
@@ -116,6 +116,76 @@ func (t *takeover) room() error {
 		return nil
 	}
 	return t.commit.once()
+}
+
+// cover sees to it that cluster c, below the tail, has a refcount block. It
+// commits where that takes more than one batch.
+func (t *takeover) cover(c int64) error {
+	a, r := t.alloc, t.commit.refs
+	for r.covered(c) == c && c < r.end {
+		i := c >> r.g.refBlockBits
+		if r.covered(a.tail) == a.tail && a.tail < r.end {
+			i = a.tail >> r.g.refBlockBits // first the block that counts the blocks
+		}
+		var made bool
+		var err error
+		switch {
+		case i >= int64(len(r.table)):
+			if made, err = r.growTable(a); err == nil && !made {
+				err = syscall.ENOSPC
+			}
+		case a.tail >= r.end:
+			err = t.coverWithin(i)
+		default:
+			if made, err = r.makeBlock(a, i); err == nil && !made {
+				err = r.commit()
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// coverWithin makes the refcount block of range i where the store has no room at
+// its end: in the range itself, or where a block that is linked knows of some.
+func (t *takeover) coverWithin(i int64) error {
+	r := t.commit.refs
+	host, err := t.gap(i, false)
+	for by := int64(0); by < int64(len(r.table)) && host < 0 && err == nil; by++ {
+		if r.table[by] != 0 && !r.unknown[by] {
+			host, err = t.gap(by, true)
+		}
+	}
+	switch {
+	case err != nil:
+		return err
+	case host < 0:
+		return syscall.ENOSPC
+	}
+	return r.placeBlock(t.alloc, i, host)
+}
+
+// gap returns a cluster in the range of a refcount block that nobody uses, -1
+// if there is none.
+func (t *takeover) gap(block int64, counted bool) (int64, error) {
+	r := t.commit.refs
+	first := block << r.g.refBlockBits
+	for c := first; c < min(first+r.perBlock(), r.end); c++ {
+		if t.used[c] || t.past[c] || t.tables.has(c) {
+			continue
+		}
+		if counted {
+			if n, err := r.count(c); err != nil {
+				return -1, err
+			} else if n != 0 {
+				continue
+			}
+		}
+		return c, nil
+	}
+	return -1, nil
 }
 
 // named yields the host clusters that the journal says were ours.
