@@ -6,9 +6,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
 	"syscall"
 
-	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/internal/journal"
 	"github.com/imgnbd/imgnbd/internal/sandbox"
 )
@@ -79,7 +79,7 @@ func (s *service) confine() error {
 			}
 			f.Close()
 		}
-		if err := lets(s.device); err != nil {
+		if err := letIn(); err != nil {
 			return hinted(fmt.Errorf("as %s: %w", c.user.Name, err), "a file system of FUSE is for who mounted it alone, unless it is mounted with allow_other")
 		}
 	}
@@ -107,17 +107,26 @@ func (s *service) confine() error {
 	return nil
 }
 
-// lets reports an error if the file system of an image does not let this user do
-// what clients will ask for, open or not.
-func lets(d image.Device) error {
-	if d.Info().Size == 0 {
-		return nil
+// letIn returns an error if a file system does not let this user do all with a file
+// of its that is open already: to ask for its size, for one.
+func letIn() error {
+	const open = "/proc/self/fd"
+	files, err := os.ReadDir(open)
+	if err != nil {
+		return nil // no Linux, or no /proc
 	}
-	_, err := d.AppendExtents(nil, 0, 1, image.WantZero)
-	if errors.Is(err, fs.ErrPermission) {
-		return err
+	for _, f := range files {
+		fd, err := strconv.Atoi(f.Name())
+		if err != nil || fd <= int(os.Stderr.Fd()) {
+			continue // who only prints there need not know more
+		}
+		var st syscall.Stat_t
+		if err := syscall.Fstat(fd, &st); errors.Is(err, fs.ErrPermission) {
+			name, _ := os.Readlink(filepath.Join(open, f.Name()))
+			return fmt.Errorf("%s: %w", name, err)
+		}
 	}
-	return nil // which is for clients to be told
+	return nil
 }
 
 // readAgain are the files that are read for each client.

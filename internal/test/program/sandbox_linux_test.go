@@ -145,7 +145,8 @@ func TestUserOnFUSE(t *testing.T) {
 		qemu.Missing(t, "root, who can become another user,")
 	}
 	bin, dir := release(t), t.TempDir()
-	qemu.Start(t, "nbdfuse", filepath.Join(dir, "disk"), "[", qemu.Require(t, "nbdkit"), "-f", "--exit-with-parent", "pattern", "4M", "]")
+	empty := qemu.Create(t, "qcow2", "", "4M") // of which nothing is read once it is open
+	qemu.Start(t, "nbdfuse", filepath.Join(dir, "disk"), "[", qemu.Require(t, "nbdkit"), "-f", "--exit-with-parent", "file", empty, "]")
 	t.Cleanup(func() { qemu.Run(t, "umount", "-l", dir) })
 	path := filepath.Join(dir, "disk")
 	for began := time.Now(); ; time.Sleep(10 * time.Millisecond) {
@@ -156,11 +157,13 @@ func TestUserOnFUSE(t *testing.T) {
 		}
 	}
 	for user, works := range map[string]bool{"0:0": true, "65534:65534": false} {
-		cmd := exec.Command(bin, "--user="+user, "--read-only", "-f", "raw", "--stdio", path)
-		cmd.Stdin = strings.NewReader("") // a pipe, with a client that has gone
-		out, err := cmd.CombinedOutput()
-		if (err == nil) != works || !works && !strings.Contains(string(out), "allow_other") {
-			t.Errorf("user %s: %v: %s", user, err, out)
+		for _, format := range []string{"raw", "qcow2"} {
+			cmd := exec.Command(bin, "--user="+user, "--read-only", "-f", format, "--stdio", path)
+			cmd.Stdin = strings.NewReader("") // a pipe, with a client that has gone
+			out, err := cmd.CombinedOutput()
+			if (err == nil) != works || !works && !(strings.Contains(string(out), path) && strings.Contains(string(out), "allow_other")) {
+				t.Errorf("user %s, %s: %v: %s", user, format, err, out)
+			}
 		}
 	}
 }
