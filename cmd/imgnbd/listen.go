@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"net"
 	"os"
@@ -164,14 +165,17 @@ func removeSocket(path string) error {
 
 // listenTemporary makes a socket that only this user can reach.
 func listenTemporary() (*place, error) {
+	failed := func(err error) (*place, error) {
+		return nil, hinted(fmt.Errorf("temporary socket: %w", err), "TMPDIR says where it is made")
+	}
 	dir, err := os.MkdirTemp("", "imgnbd-")
 	if err != nil {
-		return nil, err
+		return failed(err)
 	}
 	p, err := listenUnix(filepath.Join(dir, "socket"), nil)
 	if err != nil {
 		os.Remove(dir)
-		return nil, err
+		return failed(err)
 	}
 	inner := p.remove
 	p.remove = func() {
