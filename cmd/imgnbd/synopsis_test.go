@@ -12,6 +12,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/spf13/pflag"
+
+	"github.com/imgnbd/imgnbd/docs"
 )
 
 func allCommands() []*command { return append([]*command{serveCommand(nil)}, commands()...) }
@@ -33,6 +35,11 @@ func TestSynopsis(t *testing.T) {
 		slices.Sort(written)
 		if diff := cmp.Diff(have, written); diff != "" {
 			t.Errorf("command %q, flags against docs/synopsis.txt:\n%s", c.name, diff)
+		}
+	}
+	for line := range strings.Lines(docs.Synopsis) {
+		if len(line) > 80+len("\n") {
+			t.Errorf("docs/synopsis.txt is wider than a terminal: %s", line)
 		}
 	}
 }
@@ -70,6 +77,9 @@ func TestManual(t *testing.T) {
 		if i < 0 {
 			t.Errorf("the manual has no section %q", want)
 			continue
+		}
+		if strings.HasPrefix(want, "imgnbd ") && !regexp.MustCompile(`(?m)^\.Cm (\w+ \| )*`+c.name+`\b`).MatchString(sections[0]) {
+			t.Errorf("the manual's synopsis does not have %s", c.name)
 		}
 		for _, m := range items.FindAllStringSubmatch(sections[i], -1) {
 			written[c.name+" "+m[2]] = m[1]
