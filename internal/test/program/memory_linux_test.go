@@ -49,6 +49,17 @@ func serve(t *testing.T, bin string, args ...string) (socket string, pid int) {
 	}
 }
 
+// Address space may be as scarce as OpenStack makes it for qemu-img info.
+func TestAddressSpace(t *testing.T) {
+	qemu.Require(t, "nbdcopy")
+	t.Setenv("CGO_ENABLED", "0") // as releases are built
+	bin, disk := build(t), qemu.Create(t, "qcow2", "", "64M")
+	qemu.IO(t, "qcow2", disk, "write 0 64M")
+	for _, command := range []string{"info", "check", "--run 'nbdcopy $uri null:'"} {
+		qemu.Run(t, "sh", "-c", "ulimit -v 1048576; exec "+bin+" "+command+" "+disk)
+	}
+}
+
 func connect(t *testing.T, socket string) (net.Conn, *nbd.Session) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), hang)
