@@ -179,6 +179,7 @@ func newStore(f *os.File, n *node, opt storage.Options) (*store, error) {
 	}
 	s.begins, s.raw = n.begins, n.raw && !opt.Direct
 	s.noPunch.Store(n.noPunch)
+	s.noSeek.Store(n.noSeek)
 	s.info = n.info
 	s.info.URL = &url.URL{Scheme: "file", Path: f.Name()}
 	s.info.ReadOnly = opt.Access == storage.Read

@@ -19,6 +19,7 @@ type node struct {
 
 	begins bool // tryNoWait has the kernel fetch what is not in the page cache
 
+	noSeek       bool    // where data lies is not told, or not truly
 	noPunch      bool    // the block device cannot
 	sector       int64   // of a block device, in bytes
 	directBlock  int64   // what direct I/O demands of offsets and lengths

@@ -177,6 +177,7 @@ func examine(fd int, st *unix.Stat_t, opt storage.Options) (*node, error) {
 	}
 
 	page := int64(os.Getpagesize())
+	kind := fileSystem(fd)
 	n := &node{fd: fd, cached: -1, block: st.Mode&unix.S_IFMT == unix.S_IFBLK, try: tryNoWait, sector: 512}
 	disk := st.Dev
 	n.info.ID = fmt.Sprintf("file %d:%d %d", unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino)
@@ -197,7 +198,7 @@ func examine(fd int, st *unix.Stat_t, opt storage.Options) (*node, error) {
 		if best, err := unix.IoctlGetUint32(fd, unix.BLKIOOPT); err == nil {
 			preferred = int64(best)
 		}
-	} else if inMemory(fd) {
+	} else if kind == unix.TMPFS_MAGIC || kind == unix.RAMFS_MAGIC {
 		n.try = tryMemory
 		var si unix.Sysinfo_t
 		n.raw = unix.Sysinfo(&si) == nil && si.Totalswap == 0
@@ -205,6 +206,8 @@ func examine(fd int, st *unix.Stat_t, opt storage.Options) (*node, error) {
 	n.begins = n.try == tryNoWait && !opt.Direct && since(5, 9)
 
 	writable := opt.Access != storage.Read
+	// FUSE does not know of what the kernel has not written to it yet.
+	n.noSeek = writable && kind == unix.FUSE_SUPER_MAGIC
 	n.noPunch = n.block && queueAttr(disk, "write_zeroes_max_bytes") <= 0
 	n.info.FastZero = writable && !n.noPunch
 	n.info.Discard = writable && (!n.block || queueAttr(disk, "discard_max_bytes") > 0)
@@ -266,13 +269,13 @@ func (n *node) findAlignment() error {
 	return nil
 }
 
-// inMemory reports whether the file system keeps its files in memory only.
-func inMemory(fd int) bool {
+// fileSystem returns the number of the kind of file system, 0 if it is not known.
+func fileSystem(fd int) uint32 {
 	var st unix.Statfs_t
 	if retry(func() error { return unix.Fstatfs(fd, &st) }) != nil {
-		return false
+		return 0
 	}
-	return uint32(st.Type) == unix.TMPFS_MAGIC || uint32(st.Type) == unix.RAMFS_MAGIC
+	return uint32(st.Type)
 }
 
 // queueAttr returns a number that the kernel tells of a disk or of the disk
