@@ -153,8 +153,14 @@ func (s *overwritten) Discard(off, n int64) error {
 	return s.Store.Discard(off, n)
 }
 
+// Truncate takes nothing from what was there if it makes it longer, and may not
+// be able to.
 func (s *overwritten) Truncate(size int64) error {
-	if err := s.begin(); err != nil {
+	now, err := s.Store.Size()
+	if err == nil && size < now {
+		err = s.begin()
+	}
+	if err != nil {
 		return err
 	}
 	return s.Store.Truncate(size)

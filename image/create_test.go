@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -146,10 +147,11 @@ func (j removedJournals) Remove(i storage.Info) error              { return j.re
 func TestCreateRemovesJournal(t *testing.T) {
 	refused := errors.New("refused")
 	changes := map[string]func(storage.Store) error{
-		"write":    func(s storage.Store) error { return s.WriteAt([]byte("TOY\n"), 0, 0) },
-		"zero":     func(s storage.Store) error { return s.WriteZeroes(0, 3, 0) },
-		"discard":  func(s storage.Store) error { return s.Discard(0, 3) },
-		"truncate": func(s storage.Store) error { return s.Truncate(0) },
+		"write":                         func(s storage.Store) error { return s.WriteAt([]byte("TOY\n"), 0, 0) },
+		"zero":                          func(s storage.Store) error { return s.WriteZeroes(0, 3, 0) },
+		"discard":                       func(s storage.Store) error { return s.Discard(0, 3) },
+		"truncate":                      func(s storage.Store) error { return s.Truncate(0) },
+		"no change but zeros behind it": func(s storage.Store) error { return errors.Join(s.Truncate(4), refused) },
 		"no change": func(s storage.Store) error {
 			_, err := s.ReadAt(make([]byte, 3), 0)
 			return errors.Join(err, s.Sync(), refused)
@@ -195,13 +197,14 @@ func TestCreateRemovesJournal(t *testing.T) {
 			}
 			err := c.Create(t.Context(), path, f.Name, image.CreateOptions{})
 			var want []string
-			if test.there && name != "no change" {
+			spared := strings.HasPrefix(name, "no change")
+			if test.there && !spared {
 				want = []string{test.file + " OLD"}
 			}
-			if !slices.Equal(left, want) || errors.Is(err, refused) != (want != nil || name == "no change") {
+			if !slices.Equal(left, want) || errors.Is(err, refused) != (want != nil || spared) {
 				t.Errorf("%s of %s: journals that ended: %q, not %q; %v", name, test.file, left, want, err)
 			}
-			if b, err := os.ReadFile(old); err != nil || string(b) != "OLD" {
+			if b, err := os.ReadFile(old); err != nil || strings.TrimRight(string(b), "\x00") != "OLD" {
 				t.Errorf("%s of %s: %q is left, %v", name, test.file, b, err)
 			}
 		}
