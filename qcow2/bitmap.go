@@ -323,9 +323,16 @@ func (b *bitmapReader) load(cluster int64) (dirty, known bool, err error) {
 	if b.words != nil && b.loaded == cluster {
 		return false, false, nil
 	}
-	buf := make([]byte, b.im.geo.clusterSize)
-	if n, err := b.im.store.ReadAt(buf, e.host()); n == 0 || err != nil && !errors.Is(err, io.EOF) {
+	g := b.im.geo
+	buf := make([]byte, g.clusterSize)
+	n, err := b.im.store.ReadAt(buf, e.host())
+	if err != nil && !errors.Is(err, io.EOF) {
 		return false, false, fmt.Errorf("bits at %#x: %w", e.host(), err)
+	}
+	// Of the last cluster a part stands for nothing, and may be missing.
+	need := ((b.im.info.Size-1)>>b.bitmap.granularity+8)/8 - cluster*g.clusterSize
+	if int64(n) < min(need, g.clusterSize) {
+		return false, false, corrupt("bits at %#x are past the end", e.host())
 	}
 	if b.words == nil {
 		b.words = make([]uint64, len(buf)/8)

@@ -864,6 +864,38 @@ func TestHostileBitmap(t *testing.T) {
 	}
 }
 
+// Bits that a file lost with its end are not taken for zeros: a backup would
+// leave out what they stand for. What stands for nothing may be missing.
+func TestBitmapCutOff(t *testing.T) {
+	const size, cluster = 16 << 20, 4096 // 256 bits
+	x := build(12, size)
+	at := x.alloc(1)
+	e := bitmapEntry{tableSize: 1, granularity: 16, name: "b"}
+	e.tableAt = uint64(x.alloc(1))
+	copy(x.b[at:], e.encode())
+	bits := x.alloc(1)
+	x.put(int64(e.tableAt), uint64(bits))
+	x.h.autoclear = autoclearBitmaps
+	x.h.setExtension(extBitmaps, bitmapsExtension{1, uint64(len(e.encode())), uint64(at)}.encode())
+	whole := x.bytes()
+	for n, want := range map[int64]error{8: image.ErrCorrupt, 31: image.ErrCorrupt, 32: nil, cluster: nil} {
+		im, err := Open(context.Background(), storagetest.MemOf(whole[:bits+n]), image.Options{ReadOnly: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := im.Bitmap("b")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if exts, err := b.AppendDirty(nil, 0, size); !errors.Is(err, want) {
+			t.Errorf("%d bytes of bits: %+v, %v", n, exts, err)
+		}
+		if err := im.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // backedBy opens one image, whatever it is asked for.
 type backedBy struct{ image.Device }
 
