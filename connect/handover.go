@@ -127,6 +127,13 @@ func (a *Attachment) stopListening() error {
 	return err
 }
 
+// Spoil notes why what was answered may be lost, from now on: nobody can take the
+// device over any more. It is not called during HandOver and Keep.
+func (a *Attachment) Spoil(why string) error {
+	a.record.Volatile = why
+	return a.record.write()
+}
+
 // HandOver gives the device to a successor: the server's ends of its
 // connections, at which nobody may do anything until this returns, and the
 // image of which must be closed and have all that was answered, and its locks,

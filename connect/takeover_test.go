@@ -220,6 +220,24 @@ func TestGiveUp(t *testing.T) {
 	}
 }
 
+// What its server says may be lost nobody can take over.
+func TestSpoil(t *testing.T) {
+	h, _ := newFake(t)
+	a := attach(t, h, offer("/dev/nbd1", disk))
+	if err := a.Spoil("a sync has failed"); err != nil {
+		t.Fatal(err)
+	}
+	a.record.f.Close()
+	p, err := h.findPredecessor(limited(t), "/dev/nbd1", "", false)
+	if err != nil || p == nil {
+		t.Fatalf("%v, %v", p, err)
+	}
+	defer p.Close()
+	if i := p.Identity(); i.Volatile != "a sync has failed" || i.Journal != "J" || i.Property("format") != "qcow2" {
+		t.Errorf("%+v", i)
+	}
+}
+
 func TestNoPredecessor(t *testing.T) {
 	h, k := newFake(t)
 	a := attach(t, h, to("/dev/nbd0", disk))

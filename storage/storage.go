@@ -161,6 +161,11 @@ type Options struct {
 	// those of others yet: who holds some in its place lets go of them. nil:
 	// nobody does. It is not called where there are no locks.
 	Taken func(Info)
+
+	// SyncFailed is called once, before the first sync that fails returns: what
+	// was written may be lost, and who opens the bytes next is not told. nil:
+	// nobody wants to know.
+	SyncFailed func()
 }
 
 // A LockHolder is a Store whose locks can be kept beyond Close.

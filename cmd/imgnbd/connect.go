@@ -120,12 +120,26 @@ func (s *service) begin(pred *connect.Predecessor) (_ *connect.Attachment, err e
 	a, err := s.attachImage(pred, e)
 	if err == nil {
 		taken = pred != nil
+		s.watchSyncs(a)
 		err = s.resume(a.Handed(), e)
 	}
 	if err != nil {
 		return nil, errors.Join(err, s.shutdown())
 	}
 	return a, nil
+}
+
+// syncFailed is why nobody can have a device any more once a sync of its image has
+// failed: what the kernel drops then, and was answered, nobody else can know.
+const syncFailed = "a sync of its image has failed"
+
+// watchSyncs has the device know when one fails, before those who flush do.
+func (s *service) watchSyncs(a *connect.Attachment) {
+	s.opt.connect.origin.follow(func() {
+		if err := a.Spoil(syncFailed); err != nil {
+			s.u.message(err.Error())
+		}
+	})
 }
 
 // newImageServer makes a server of the image that is open.

@@ -27,8 +27,15 @@ func (e *departed) Unwrap() error { return e.err }
 // finished and flushed, and the image closed, before that opens it. If it fails
 // with that, this process goes on. What cannot be undone is a *departed.
 func (s *service) handOver(a *connect.Attachment, successor *connect.Successor) error {
-	if s.opt.temporary { // to close the overlay would be its end
-		s.u.warning(fmt.Sprintf("process %d asks for a temporary overlay, which ends with its server", successor.PID))
+	why := ""
+	switch {
+	case s.opt.temporary: // to close the overlay would be its end
+		why = "a temporary overlay, which ends with its server"
+	case s.opt.connect.origin.isLost(): // to open the image again would be to forget it
+		why = a.Path() + ", which nobody can have any more: " + syncFailed
+	}
+	if why != "" {
+		s.u.warning(fmt.Sprintf("process %d asks for %s", successor.PID, why))
 		if err := successor.Close(); err != nil {
 			s.u.warning(err.Error())
 		}
@@ -83,6 +90,7 @@ func (s *service) goOn(a *connect.Attachment, conns []connect.Handed) (err error
 	if err := a.Keep(context.Background(), s.opt.connect.origin.identity(s.opt, e)); err != nil {
 		return errors.Join(differs(err), s.shutdown(), s.closeDevice())
 	}
+	s.watchSyncs(a)
 	if err := s.resume(conns, e); err != nil {
 		return err
 	}

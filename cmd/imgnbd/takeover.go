@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 
 	"github.com/imgnbd/imgnbd/connect"
@@ -31,6 +32,35 @@ type origin struct {
 	journal string // the holder of the journal
 	asked   bool   // the format has asked for one
 	kept    bool   // and has got it
+
+	mu    sync.Mutex
+	spoil func() // notes at the device that lost is true; nil: there is no device yet
+	lost  bool   // a sync has failed, which who opens the image next would not know
+}
+
+// syncFailed is called before anybody hears of it.
+func (o *origin) syncFailed() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if !o.lost && o.spoil != nil {
+		o.spoil()
+	}
+	o.lost = true
+}
+
+// follow has the device know if what it was answered may be lost.
+func (o *origin) follow(spoil func()) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.spoil = spoil; o.lost {
+		spoil()
+	}
+}
+
+func (o *origin) isLost() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.lost
 }
 
 // A checker refuses what a device does not wait for, see
@@ -68,6 +98,7 @@ func (o *origin) watch(chain *image.Chain) {
 			if o.pred != nil {
 				opt.Taken = func(info storage.Info) { o.pred.LetGo(identityOf(info)) }
 			}
+			opt.SyncFailed = o.syncFailed
 			s, err := p.Open(ctx, u, opt)
 			if err != nil {
 				return nil, err

@@ -14,7 +14,8 @@ import (
 // failure every later one fails. Callers that wait meanwhile share the next
 // one.
 type barrier struct {
-	begun atomic.Uint64
+	failed func() // called when one has failed; nil: nobody wants to know
+	begun  atomic.Uint64
 
 	mu  sync.Mutex // held across the system call
 	err error      // of the one that failed
@@ -33,6 +34,9 @@ func (b *barrier) sync(datasync func() error) error {
 	b.begun.Add(1)
 	if err := retry(datasync); err != nil {
 		b.err = fmt.Errorf("what was written since the last flush may be lost, and no flush succeeds until the image is opened again: %w", err)
+		if b.failed != nil {
+			b.failed()
+		}
 	}
 	return b.err
 }

@@ -173,6 +173,7 @@ const (
 
 func newStore(f *os.File, n *node, opt storage.Options) (*store, error) {
 	s := &store{file: f, fd: n.fd, block: n.block, sector: n.sector, try: n.try, access: opt.Access, share: opt.Share}
+	s.barrier.failed = opt.SyncFailed
 	if err := lockImage(n, &opt); err != nil {
 		unlockImage(n.fd)
 		return nil, err

@@ -664,6 +664,20 @@ func TestBarrier(t *testing.T) {
 		wantErr(t, <-done, syscall.EIO)
 	}
 	wantErr(t, b.sync(good), syscall.EIO)
+
+	// Who wants to know of a failure knows before anybody else does, once.
+	calls := 0
+	b = barrier{failed: func() { calls++ }}
+	pass(t, b.sync(good))
+	if calls != 0 {
+		t.Error("what has not failed is told")
+	}
+	for range 2 {
+		wantErr(t, b.sync(bad), syscall.EIO)
+		if calls != 1 {
+			t.Errorf("told %d times", calls)
+		}
+	}
 }
 
 // Extents of a file that others shorten or fill with holes end and stay within

@@ -134,6 +134,33 @@ for signal in TERM KILL; do
     qemu-img check -q -f qcow2 /dev/mapper/whole || [ $? = 3 ] # leaks, as after a kill
 done
 
+# Once a sync has failed, which the kernel tells once, nobody takes the device over: his
+# would succeed, and what was answered may be gone. The server stays, if it is not
+# that which finds out.
+broken() {
+    dmsetup suspend --nolockfs half
+    dmsetup load half --table "$1"
+    dmsetup resume half
+}
+for first in client server; do
+    imgnbd -v -c /dev/nbd0 -f raw /dev/mapper/whole 2>attached &
+    server=$!
+    eventually grep -q 'is now connected' attached
+    broken '0 65536 error'
+    echo answered | dd of=/dev/nbd0 bs=4k seek=10240 conv=sync oflag=direct status=none
+    [ $first = server ] || refused 'Input/output error' -- python3 -c 'import os; os.fsync(os.open("/dev/nbd0", os.O_RDWR))'
+    refused 'has not handed it over' -- imgnbd -c /dev/nbd0 --replace -f raw /dev/mapper/whole
+    if [ $first = client ]; then
+        grep -q 'which nobody can have any more: a sync of its image has failed' attached
+        kill -KILL $server
+    fi
+    eventually gone $server
+    broken "$(table)"
+    refused 'is given up, and fails from now on: a sync of its image has failed' -- imgnbd -c /dev/nbd0 -f raw /dev/mapper/whole
+    eventually absent /sys/block/nbd0/pid
+    free /dev/nbd0
+done
+
 # A file system that is full, and has room again.
 truncate -s 24M fs
 mkfs.ext4 -q fs
@@ -158,6 +185,6 @@ kill $server
 wait $server
 imgnbd check -q -f qcow2 m/image
 umount m
-`}, "dmsetup", "mkfs.ext4", "qemu-io", "qemu-img", "pgrep")
+`}, "dmsetup", "mkfs.ext4", "qemu-io", "qemu-img", "pgrep", "python3")
 	t.Log(strings.TrimSpace(out))
 }
