@@ -186,7 +186,7 @@ func (h *host) attach(ctx context.Context, opt Options) (_ *Attachment, err erro
 		if err == nil {
 			return
 		}
-		err = errors.Join(err, h.disconnect(a.index), a.stopListening())
+		err = errors.Join(err, h.giveBack(a.index, a.backend), a.stopListening())
 		if a.record != nil {
 			a.record.close()
 		}
@@ -219,9 +219,22 @@ func (h *host) attach(ctx context.Context, opt Options) (_ *Attachment, err erro
 		return nil, err
 	}
 	if err := h.awaitReady(ctx, a.index, c.size); err != nil {
-		return nil, err
+		// Others know of it already. To detach what they have mounted would cost
+		// them what they write.
+		if !a.Ours() || len(a.Holders()) == 0 {
+			return nil, err
+		}
+		a.opt.Log.Warn("in use before it is ready", "device", a.Path(), "by", a.Holders()[0].String(), "err", err)
 	}
 	return a, nil
+}
+
+// giveBack disconnects a device, unless somebody else has attached it anew.
+func (h *host) giveBack(index int, backend string) error {
+	if is := h.backend(index); is != "" && is != backend {
+		return nil
+	}
+	return h.disconnect(index)
 }
 
 func (h *host) attachment(opt Options) *Attachment {

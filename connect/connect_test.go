@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -494,78 +493,58 @@ func TestForeignRecord(t *testing.T) {
 	}
 }
 
-// What somebody else attaches while a device is being detached is his.
-func TestDetachAnother(t *testing.T) {
+// A device that others have mounted the moment it was there is served, though whoever
+// attaches it stops waiting for its partitions.
+func TestAttachInUse(t *testing.T) {
+	for _, mounted := range []bool{false, true} {
+		h, k := newFake(t)
+		k.table, k.noNodes = []int{1}, true
+		if mounted {
+			k.file("proc/self/mountinfo", "1 2 43:1 / /mnt rw - ext4 /dev/nbd0p1 rw\n")
+		}
+		ctx, cancel := context.WithCancel(limited(t))
+		h.kernel = &unlisted{k, cancel}
+		a, err := h.attach(ctx, to("/dev/nbd0", disk))
+		if mounted != (err == nil) || mounted != h.connected(0) || mounted == slices.Contains(k.logged(), "disconnect 0") {
+			t.Errorf("mounted %v: %v, %q", mounted, err, k.logged())
+		}
+		if err == nil {
+			a.Close()
+		}
+	}
+}
+
+// Unlisted partitions are not in /dev, and who looks for them there is stopped.
+type unlisted struct {
+	*fakeKernel
+	stop func()
+}
+
+func (k *unlisted) number(path string) (string, error) {
+	n, err := k.fakeKernel.number(path)
+	if err != nil {
+		k.stop()
+	}
+	return n, err
+}
+
+// What was given up is not detached if it is somebody else's by then.
+func TestAttachElsewhere(t *testing.T) {
 	h, k := newFake(t)
-	a := attach(t, h, to("/dev/nbd0", disk))
 	h.kernel = &attachedAnew{fakeKernel: k}
-	for _, force := range []bool{false, true} {
-		if err := h.detach(limited(t), 0, a.backend, force); err != nil {
-			t.Error(err)
-		}
+	k.grows = 512
+	if _, err := h.attach(limited(t), to("/dev/nbd0", disk)); err == nil || !strings.Contains(err.Error(), "somebody else has changed it") {
+		t.Error(err)
 	}
-	log := k.logged()
-	if slices.Contains(log, "disconnect 0") || log[len(log)-1] != "release /dev/nbd0" {
-		t.Errorf("%q", log)
+	h.kernel, k.grows = k, 0
+	p := orphan(t, h, disk)
+	k.write("nbd1", "backend", "imgnbd:other")
+	if err := p.GiveUp("there was no journal"); !errors.Is(err, ErrGivenUp) {
+		t.Error(err)
 	}
-}
-
-// An attachedAnew device is another attachment by the time that it is opened.
-type attachedAnew struct{ *fakeKernel }
-
-func (k *attachedAnew) open(path string, exclusive bool) (block, error) {
-	k.write("nbd0", "backend", "imgnbd:other")
-	return k.fakeKernel.open(path, exclusive)
-}
-
-// A server that hangs is not waited for by force, unless it answers something
-// now and then.
-func TestDetachHung(t *testing.T) {
-	h, k := newFake(t)
-	a := attach(t, h, to("/dev/nbd0", disk))
-	k.opened(os.Getpid(), h.recordPath(0))
-	k.write("nbd0", "stat", "1 0 8 5 7 0 8 5 1 20 20 0 0 0 0 3 1")
-	synctest.Test(t, func(t *testing.T) {
-		began, given := time.Now(), make(chan struct{})
-		k.syncing = func() error {
-			time.Sleep(hung / 2)
-			k.write("nbd0", "stat", "1 0 8 5 7 0 8 5 1 99 99 0 0 0 0 4 1")
-			<-given
-			return syscall.EIO
+	for _, l := range k.logged() {
+		if strings.HasPrefix(l, "disconnect") {
+			t.Errorf("%q", k.logged())
 		}
-		k.killed = func() {
-			a.record.f.Close()
-			close(given)
-		}
-		if err := a.Detach(t.Context(), true); err != nil {
-			t.Error(err)
-		}
-		if took := time.Since(began); took != 2*hung {
-			t.Errorf("after %v", took)
-		}
-	})
-	want := []string{"connect 0", "scan 0", "claim /dev/nbd0", "sync /dev/nbd0", fmt.Sprint("kill ", os.Getpid()), "disconnect 0", "release /dev/nbd0"}
-	if diff := cmp.Diff(want, k.logged()); diff != "" {
-		t.Error(diff)
-	}
-}
-
-// Nobody is killed but the server: its number may be another process's by now,
-// and its lock that of a process which is about to take the device over.
-func TestDetachHungSuccessor(t *testing.T) {
-	h, k := newFake(t)
-	a := attach(t, h, to("/dev/nbd0", disk))
-	k.opened(os.Getpid(), filepath.Join(t.TempDir(), "nbd0.json"))
-	synctest.Test(t, func(t *testing.T) {
-		if err := h.endServer(t.Context(), 0); err == nil || !strings.Contains(err.Error(), "/dev/nbd0 stays attached") {
-			t.Error(err)
-		}
-		time.AfterFunc(hung/2, func() { a.record.f.Close() })
-		if err := h.endServer(t.Context(), 0); err != nil {
-			t.Error(err)
-		}
-	})
-	if log := strings.Join(k.logged(), ", "); strings.Contains(log, "kill") {
-		t.Error(log)
 	}
 }

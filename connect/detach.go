@@ -54,13 +54,16 @@ func (h *host) detach(ctx context.Context, index int, backend string, force bool
 		held, err := h.flush(ctx, index, force)
 		done <- flushed{held, err}
 	}()
-	f, waits := h.awaitFlush(index, done, force)
+	f, waits := h.awaitFlush(ctx, index, done, force)
 	// While the block is held, or waits, it stays the same attachment.
-	if !waits && h.connected(index) && h.backend(index) != backend {
+	if !waits && h.backend(index) != backend && (f.err == nil || h.connected(index)) {
 		if f.held != nil {
 			f.held.Close()
 		}
-		return nil // somebody has detached it, and attached something else
+		if h.connected(index) {
+			return nil // somebody has detached it, and attached something else
+		}
+		return h.awaitFree(ctx, index)
 	}
 	if f.err != nil {
 		return f.err
@@ -76,6 +79,9 @@ func (h *host) detach(ctx context.Context, index int, backend string, force bool
 	}
 	if f.held != nil {
 		f.held.Close()
+	}
+	if errors.Is(err, syscall.EPERM) {
+		return fmt.Errorf("%s: detaching needs root, and a container needs CAP_SYS_ADMIN on the host itself: %w", h.path(index), err)
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", h.path(index), err)
@@ -97,7 +103,7 @@ func (h *host) endServer(ctx context.Context, index int) error {
 		return err
 	}
 	defer p.Release()
-	why := errors.New("another process has its lock, perhaps to take the device over")
+	why := errors.New("another process has its lock: one that takes the device over, or a server in a container, to be killed there")
 	if s.alive() && h.hasOpen(s.PID, s.f) { // so that p, which keeps its number, is the server
 		if err := h.kill(p); err != nil && !errors.Is(err, os.ErrProcessDone) {
 			return fmt.Errorf("process %d does not answer: %w", s.PID, err)
@@ -129,7 +135,7 @@ func (h *host) flush(ctx context.Context, index int, force bool) (block, error) 
 		}
 		held, err = h.open(h.path(index), false)
 	}
-	if err != nil || abandoned {
+	if err != nil || abandoned || !h.connected(index) { // others have detached it, who had it claimed
 		return held, err
 	}
 	// Each partition has a page cache of its own.
@@ -141,15 +147,23 @@ func (h *host) flush(ctx context.Context, index int, force bool) (block, error) 
 }
 
 // awaitFlush waits for a flush, by force only as long as requests are answered.
-func (h *host) awaitFlush(index int, done <-chan flushed, force bool) (f flushed, waits bool) {
-	if !force {
-		return <-done, false
-	}
+func (h *host) awaitFlush(ctx context.Context, index int, done <-chan flushed, force bool) (f flushed, waits bool) {
 	for answered := h.answered(index); ; {
+		var late <-chan time.Time
+		if force {
+			late = time.After(hung)
+		}
 		select {
 		case f := <-done:
 			return f, false
-		case <-time.After(hung):
+		case <-late:
+		case <-ctx.Done():
+			go func() { // which goes on until somebody answers
+				if f := <-done; f.held != nil {
+					f.held.Close()
+				}
+			}()
+			return flushed{err: fmt.Errorf("%s stays attached, it is not flushed yet: %w", h.path(index), context.Cause(ctx))}, false
 		}
 		now := h.answered(index)
 		if now == answered {

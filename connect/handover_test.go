@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -339,5 +340,157 @@ func TestHandOverLocks(t *testing.T) {
 	}
 	if err := errors.Join(b.Detach(limited(t), false), b.Close()); err != nil {
 		t.Error(err)
+	}
+}
+
+// Whatever fails before the last word leaves the device to its server, which goes
+// on and can be asked again.
+func TestHandOverKept(t *testing.T) {
+	readOnly := func(t *testing.T, r *record) (restore func()) {
+		f, err := os.Open(r.path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		locked := r.f
+		r.f = f
+		return func() {
+			f.Close()
+			r.f = locked
+		}
+	}
+	for name, test := range map[string]struct {
+		prepare func(*testing.T, *Attachment) (restore func())
+		conns   int
+		fails   func(*testing.T, *Predecessor) error // what the successor does instead of taking it
+		told    int                                  // how often the server believes that it is taken
+	}{
+		"the record cannot be written": {prepare: func(t *testing.T, a *Attachment) func() { return readOnly(t, a.record) }},
+		"too many connections":         {conns: maxHanded + 1},
+		"no guardian": {fails: func(t *testing.T, p *Predecessor) error {
+			opt := offer("", disk)
+			opt.Guard = func(Ward) error { return errors.New("no guardian") }
+			_, err := p.TakeOver(limited(t), opt)
+			return err
+		}},
+		"the last word reaches nobody": {told: 1, fails: func(t *testing.T, p *Predecessor) error {
+			p.control.CloseRead()
+			if _, err := io.WriteString(p.control, "taken\n"); err != nil {
+				t.Error(err)
+			}
+			return expect(p.control, "go\n")
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h, k := newFake(t)
+			a := attach(t, h, offer("/dev/nbd1", disk))
+			restore := func() {}
+			if test.prepare != nil {
+				restore = test.prepare(t, a)
+			}
+			conns := make([]Handed, test.conns)
+			for i := range conns {
+				conns[i], _ = pair(t, "")
+				defer conns[i].Conn.Close()
+			}
+			done, calls := handsOver(a, conns...)
+			p := lives(t, h)
+			err := p.Receive(limited(t))
+			if test.fails != nil && err == nil {
+				err = test.fails(t, p)
+			}
+			if err == nil {
+				t.Error("the successor has it")
+			}
+			p.Close()
+			o := <-done
+			restore()
+			if o.taken || o.err == nil || *calls != test.told {
+				t.Fatalf("%+v after %d calls", o, *calls)
+			}
+			if err := a.Keep(limited(t), identity); err != nil {
+				t.Fatal(err)
+			}
+			if s := h.server(1); !s.alive() || s.PID != os.Getpid() || s.Journal != "J" || !h.connected(1) {
+				t.Errorf("%+v", s)
+			}
+
+			done, _ = handsOver(a)
+			p = lives(t, h)
+			if err := p.Receive(limited(t)); err != nil {
+				t.Fatal(err)
+			}
+			b, err := p.TakeOver(limited(t), offer("", disk))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if o := <-done; !o.taken || o.err != nil {
+				t.Errorf("%+v", o)
+			}
+			if err := errors.Join(b.Detach(limited(t), false), b.Close()); err != nil {
+				t.Error(err)
+			}
+			if slices.Contains(k.logged(), "reconfigure 1") {
+				t.Errorf("the kernel has noticed: %q", k.logged())
+			}
+		})
+	}
+}
+
+// A successor that fails after the last word leaves the device to wait for whoever
+// has the image, which was closed with all that was answered.
+func TestHandOverWaits(t *testing.T) {
+	for name, fail := range map[string]func(*testing.T, *host, *Predecessor){
+		"nobody could ask it": func(t *testing.T, h *host, p *Predecessor) {
+			if err := os.MkdirAll(h.controlPath(1)+"/full", 0o700); err != nil {
+				t.Error(err)
+			}
+		},
+		"the record cannot be written": func(t *testing.T, h *host, p *Predecessor) {
+			f, err := os.Open(h.recordPath(1))
+			if err != nil {
+				t.Error(err)
+			}
+			p.record.f = f
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h, _ := newFake(t)
+			a := attach(t, h, offer("/dev/nbd1", disk))
+			p := lives(t, h)
+			done := make(chan outcome, 1)
+			go func() {
+				taken, err := a.HandOver(<-a.Successors(), nil, nil, func() { fail(t, h, p) })
+				done <- outcome{taken, err}
+			}()
+			if err := p.Receive(limited(t)); err != nil {
+				t.Fatal(err)
+			}
+			locked := p.record.f
+			if b, err := p.TakeOver(limited(t), offer("", disk)); b != nil || err == nil {
+				t.Errorf("%v, %v", b, err)
+			}
+			p.Close()
+			locked.Close() // with the process
+			if o := <-done; !o.taken || o.err != nil {
+				t.Errorf("%+v", o)
+			}
+			if err := os.RemoveAll(h.controlPath(1)); err != nil {
+				t.Fatal(err)
+			}
+			next, err := h.findPredecessor(limited(t), "/dev/nbd1", "", true)
+			if err != nil || next == nil || next.Lives() {
+				t.Fatalf("%+v, %v", next, err)
+			}
+			if i := next.Identity(); i.Journal != "" || i.Volatile != "" {
+				t.Errorf("%+v: the image was closed", i)
+			}
+			b, err := next.TakeOver(limited(t), offer("", disk))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := errors.Join(b.Detach(limited(t), false), b.Close()); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }

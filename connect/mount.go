@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 	"path/filepath"
 	"strings"
 )
@@ -87,6 +89,10 @@ func (h *host) unmount(ctx context.Context, dir string, force bool, umount func(
 	m, index, err := h.mountAt(dir)
 	if err != nil {
 		return err
+	}
+	// To others a server that lives looks like none.
+	if _, err := os.ReadDir(h.run); errors.Is(err, fs.ErrPermission) {
+		return fmt.Errorf("%s: only root can unmount it: %w", m.point, err)
 	}
 	backend, s := h.backend(index), h.server(index)
 	// A server that has finished with its image may have left the device to

@@ -87,8 +87,7 @@ func (h *host) newRecord(ctx context.Context, index int, r Record) (*record, err
 		}
 		rec := &record{r, path, f}
 		if err := rec.write(); err != nil {
-			f.Close()
-			return nil, err
+			return nil, errors.Join(err, rec.close())
 		}
 		return rec, nil
 	}

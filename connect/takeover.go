@@ -224,7 +224,7 @@ func orNone(s string) string {
 // answered. It returns why, which is an ErrGivenUp.
 func (p *Predecessor) GiveUp(why string) error {
 	err := fmt.Errorf("%s %w: %s, so writes that its server had answered may be lost", p.Path(), ErrGivenUp, why)
-	return errors.Join(err, p.host.disconnect(p.index), p.record.close())
+	return errors.Join(err, p.host.giveBack(p.index, p.record.Backend), p.record.close())
 }
 
 // TakeOver gives the device new connections, as many as it had. It returns
