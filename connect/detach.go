@@ -148,6 +148,7 @@ func (h *host) flush(ctx context.Context, index int, force bool) (block, error) 
 
 // awaitFlush waits for a flush, by force only as long as requests are answered.
 func (h *host) awaitFlush(ctx context.Context, index int, done <-chan flushed, force bool) (f flushed, waits bool) {
+	stop := ctx.Done()
 	for answered := h.answered(index); ; {
 		var late <-chan time.Time
 		if force {
@@ -157,7 +158,11 @@ func (h *host) awaitFlush(ctx context.Context, index int, done <-chan flushed, f
 		case f := <-done:
 			return f, false
 		case <-late:
-		case <-ctx.Done():
+		case <-stop:
+			if errors.Is(ctx.Err(), context.DeadlineExceeded) { // it takes as long as it takes
+				stop = nil
+				continue
+			}
 			go func() { // which goes on until somebody answers
 				if f := <-done; f.held != nil {
 					f.held.Close()

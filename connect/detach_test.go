@@ -135,4 +135,16 @@ func TestDetachInterrupted(t *testing.T) {
 		close(answer)
 		<-released
 	}
+	// Who waits for long enough does not.
+	h, k := newFake(t)
+	a := attach(t, h, to("/dev/nbd0", disk))
+	late, cancel := context.WithDeadline(limited(t), time.Unix(1, 0))
+	defer cancel()
+	k.syncing = func() error {
+		time.Sleep(50 * time.Millisecond)
+		return nil
+	}
+	if err := h.detach(late, 0, a.backend, false); err != nil || h.connected(0) {
+		t.Errorf("%v, %q", err, k.logged())
+	}
 }

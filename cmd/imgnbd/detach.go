@@ -7,9 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"os/signal"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/imgnbd/imgnbd/connect"
@@ -54,11 +52,11 @@ func (o *serveOptions) disconnectDevice(u *ui, device string) error {
 // detachDevice detaches a device of this machine, unless a signal ends the
 // waiting.
 func detachDevice(device string, force bool) error {
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	defer stop()
-	ctx, cancel := context.WithTimeout(ctx, detachTime)
-	defer cancel()
-	return connect.Detach(ctx, device, force)
+	return cancelledBySignals(func(ctx context.Context) error {
+		ctx, cancel := context.WithTimeout(ctx, detachTime)
+		defer cancel()
+		return connect.Detach(ctx, device, force)
+	})
 }
 
 func isBusy(err error) bool {
@@ -76,6 +74,7 @@ func (s *service) detach(a *connect.Attachment) error {
 		err := s.runDetacher(a, force)
 		e, ok := errors.AsType[*exit](err)
 		switch {
+		case ok && e.code < 0: // it was killed, which says nothing of the device
 		case force || !ok:
 			return errors.Join(failed, err)
 		case e.code != inUse:
@@ -99,7 +98,7 @@ func (s *service) detach(a *connect.Attachment) error {
 // runDetacher detaches the device in another process. To flush it waits for
 // this one: a thread that did so here would keep its sockets open after the
 // death of all others, and neither would the wait have an end nor could the
-// device be taken over. What fails is an *exit. A signal, or a server that
+// device be taken over. What fails is an *exit, of -1 if it was killed. A signal, or a server that
 // does not answer, leaves the device attached, with a *departed.
 func (s *service) runDetacher(a *connect.Attachment, force bool) error {
 	if !a.Ours() {

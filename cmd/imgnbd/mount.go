@@ -227,11 +227,11 @@ func umountCommand() *command {
 		if err != nil {
 			return err
 		}
-		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-		defer stop()
-		ctx, cancel := context.WithTimeout(ctx, detachTime)
-		defer cancel()
-		err = connect.Unmount(ctx, dir, force, func(dir string) error { return runTool("umount", "--", dir) })
+		err = cancelledBySignals(func(ctx context.Context) error {
+			ctx, cancel := context.WithTimeout(ctx, detachTime)
+			defer cancel()
+			return connect.Unmount(ctx, dir, force, func(dir string) error { return runTool("umount", "--", dir) })
+		})
 		if a, ok := errors.AsType[*connect.AbandonedError](err); ok {
 			err = abandoned(a)
 		} else if isBusy(err) {
