@@ -257,6 +257,18 @@ func TestSuiteOnBlockDevices(t *testing.T) {
 	}
 }
 
+// Memory for direct I/O is aligned as large sectors are, though the kernel asks for
+// less: drivers take it, and some err.
+func TestDirectMemory(t *testing.T) {
+	for _, sector := range []string{"512", "4096"} {
+		s := mustOpen(t, loopDevice(t, 1<<20, sector), storage.Options{Access: storage.Write, Direct: true})
+		if d := s.direct; d.block > 512 && d.memory < uintptr(d.block) || fmt.Sprint(d.block) != sector {
+			t.Errorf("with sectors of %s bytes, blocks of %d and memory of %d", sector, d.block, d.memory)
+		}
+		pass(t, s.Close())
+	}
+}
+
 func TestBlockDevice(t *testing.T) {
 	device := loopDevice(t, 1<<20, "512")
 	s := mustOpen(t, device, storage.Options{Access: storage.Write})

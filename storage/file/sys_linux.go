@@ -266,6 +266,11 @@ func (n *node) findAlignment() error {
 	}
 	n.directBlock = max(int64(st.Dio_offset_align), 512)
 	n.directMemory = max(uintptr(st.Dio_mem_align), 1)
+	if n.directBlock > 512 {
+		// As before Linux 6.0: not every driver for large sectors can with less, and
+		// zram then writes the wrong bytes without a word.
+		n.directMemory = max(n.directMemory, uintptr(n.directBlock))
+	}
 	return nil
 }
 
