@@ -5,6 +5,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -21,9 +22,16 @@ type lazyFile struct {
 	fs.Inode
 	size    int64
 	arrives chan struct{}
+
+	interrupted atomic.Int32 // so many times it says that a signal came between
 }
 
+func (f *lazyFile) interrupt() bool { return f.interrupted.Add(-1) >= 0 }
+
 func (f *lazyFile) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
+	if f.interrupt() {
+		return syscall.EINTR
+	}
 	out.Size, out.Mode = uint64(f.size), 0o600
 	return 0
 }
@@ -47,6 +55,9 @@ func (f *lazyFile) Write(_ context.Context, _ fs.FileHandle, p []byte, _ int64) 
 }
 
 func (f *lazyFile) Lseek(_ context.Context, _ fs.FileHandle, off uint64, whence uint32) (uint64, syscall.Errno) {
+	if f.interrupt() {
+		return 0, syscall.EINTR
+	}
 	if whence == seekData {
 		return 0, syscall.ENXIO
 	}
@@ -75,6 +86,7 @@ func TestExtentsOnFUSE(t *testing.T) {
 	path := filepath.Join(dir, "disk")
 
 	reader := mustOpen(t, path, storage.Options{})
+	lazy.interrupted.Store(3)
 	if exts, err := reader.AppendExtents(nil, 0, lazy.size); err != nil || len(exts) != 1 || !exts[0].Hole {
 		t.Errorf("before anything was written: %v, %v", exts, err)
 	}

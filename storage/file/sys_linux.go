@@ -326,9 +326,12 @@ func sizeOf(fd int, block bool) (int64, error) {
 		}
 		return int64(size), nil
 	}
-	var st unix.Stat_t
-	err := unix.Fstat(fd, &st)
-	return st.Size, err
+	for {
+		var st unix.Stat_t
+		if err := unix.Fstat(fd, &st); err != unix.EINTR { // FUSE passes on what its server says
+			return st.Size, err
+		}
+	}
 }
 
 // preadNoWait reads what is there without waiting for a medium; EAGAIN says
@@ -394,5 +397,9 @@ const (
 )
 
 func seek(fd int, off int64, whence int) (int64, error) {
-	return syscall.Seek(fd, off, whence)
+	for {
+		if at, err := syscall.Seek(fd, off, whence); err != syscall.EINTR {
+			return at, err
+		}
+	}
 }
