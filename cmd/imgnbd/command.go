@@ -54,7 +54,7 @@ func process() int {
 	u := newUI(args[0], os.Stdin, os.Stdout, os.Stderr)
 	u.alone = true
 	err := dispatch(u, args[1:])
-	code := u.fail(err)
+	code := u.finish(err)
 	if e, ok := errors.AsType[*signalled](err); ok {
 		endBy(e.signal)
 	}
@@ -73,7 +73,7 @@ func endBy(s os.Signal) {
 // run is the program within another. It returns the exit status.
 func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	u := newUI(args[0], stdin, stdout, stderr)
-	return u.fail(dispatch(u, args[1:]))
+	return u.finish(dispatch(u, args[1:]))
 }
 
 // dispatch runs the sub-command that the first argument names, or serves. A

@@ -247,6 +247,26 @@ func TestInfoIsPrintable(t *testing.T) {
 	}
 }
 
+// A result that gets nowhere is a failure.
+func TestLostResults(t *testing.T) {
+	gallery(t)
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer full.Close()
+	for args, want := range map[string]int{
+		"info disk.qcow2": 1, "check --output=json disk.qcow2": 1, "check leaks.qcow2": exitLeaks, "devices --output=json": 1, "--help": 1, "--version": 1,
+		"create -q c.raw 1M": 0, "-f raw -r --run true disk.raw": 0,
+	} {
+		var stderr strings.Builder
+		code := run(append([]string{"imgnbd"}, strings.Fields(args)...), nil, full, &stderr)
+		if code != want || strings.HasSuffix(stderr.String(), "imgnbd: write /dev/full: no space left on device\n") != (want != 0) {
+			t.Errorf("%s: %d, %s", args, code, &stderr)
+		}
+	}
+}
+
 // check -r prints what qemu-img prints, where it does the same, and what
 // qemu-img says of the image afterwards.
 func TestRepairSameAsQEMUImg(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"text/tabwriter"
 
 	"github.com/spf13/pflag"
@@ -182,7 +183,8 @@ func (u *ui) tableText(file string, l *layout) error {
 	if len(t.Partitions) == 0 {
 		return nil
 	}
-	w := tabwriter.NewWriter(u.stdout, 0, 0, 2, ' ', 0)
+	var b strings.Builder
+	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "NUMBER\tSTART\tSECTORS\tSIZE\tCONTENT\tTYPE")
 	for i, p := range t.Partitions {
 		content := l.contents[i].Name
@@ -203,6 +205,7 @@ func (u *ui) tableText(file string, l *layout) error {
 	if err := w.Flush(); err != nil {
 		return err
 	}
+	u.printf("%s", b.String())
 	for _, p := range t.Partitions {
 		if p.Problem != nil {
 			u.warning(fmt.Sprintf("%s: %s", file, p.Problem))

@@ -32,7 +32,8 @@ type ui struct {
 	command        string // the sub-command that runs, "" for the bare one
 	stdin          io.Reader
 	stdout, stderr io.Writer
-	alone          bool // the process is this program's, and may be confined
+	alone          bool  // the process is this program's, and may be confined
+	lost           error // why a result did not get to stdout
 }
 
 func newUI(called string, stdin io.Reader, stdout, stderr io.Writer) *ui {
@@ -43,7 +44,16 @@ func newUI(called string, stdin io.Reader, stdout, stderr io.Writer) *ui {
 // compat reports whether the program was called by qemu-nbd's name.
 func (u *ui) compat() bool { return u.name == "qemu-nbd" }
 
-func (u *ui) printf(format string, args ...any) { fmt.Fprintf(u.stdout, format, args...) }
+// printf prints a result. That it is lost is told at the end, see finish.
+func (u *ui) printf(format string, args ...any) {
+	text := fmt.Sprintf(format, args...)
+	if text == "" {
+		return // even to write nothing may fail
+	}
+	if _, err := io.WriteString(u.stdout, text); err != nil {
+		u.lost = err
+	}
+}
 
 // json prints v as QEMU does: in ASCII.
 func (u *ui) json(v any) error {
@@ -127,6 +137,15 @@ type usage struct {
 }
 
 func (e *usage) Error() string { return e.text }
+
+// finish is fail at the end of a command, whose results may be lost.
+func (u *ui) finish(err error) int {
+	code := u.fail(err)
+	if u.lost != nil {
+		code = max(code, u.fail(u.lost))
+	}
+	return code
+}
 
 // fail prints err and returns the exit status that it stands for.
 func (u *ui) fail(err error) int {
