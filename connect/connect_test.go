@@ -487,6 +487,10 @@ func TestForeignRecord(t *testing.T) {
 	if diff := cmp.Diff(want, h.devices()); diff != "" {
 		t.Error(diff)
 	}
+	// A thread has attached it.
+	k.write("nbd2", "pid", "77")
+	k.file("proc/77/status", fmt.Sprintf("Name:\texe\nTgid:\t%d\nPid:\t77\n", os.Getpid()))
+	k.file("proc/77/comm", "exe\n")
 	k.file("run/nbd2.json", `garbage`)
 	if diff := cmp.Diff(want, h.devices()); diff != "" {
 		t.Error(diff)

@@ -253,6 +253,9 @@ func (p *Predecessor) Receive(ctx context.Context) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, handoverTime)
 	defer cancel()
 	failed := func(err error) error {
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
 		return fmt.Errorf("%s: process %d has not handed it over: %w", p.Path(), p.record.PID, err)
 	}
 	if p.control, err = net.DialUnix("unix", nil, &net.UnixAddr{Name: p.host.controlPath(p.index), Net: "unix"}); err != nil {

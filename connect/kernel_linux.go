@@ -93,7 +93,7 @@ func loadModule(maxPart int) error {
 	}
 	out, err := exec.Command(path, args...).CombinedOutput()
 	if text := strings.TrimSpace(string(out)); err != nil && text != "" {
-		return errors.New(text)
+		return errors.New(strings.ReplaceAll(text, "\n", "; "))
 	}
 	return err
 }

@@ -1,9 +1,11 @@
 package connect
 
 import (
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 )
 
 // A Device is a device that is attached.
@@ -83,7 +85,7 @@ func (h *host) device(index int) Device {
 		defer s.close()
 		d.Image, d.Partition, d.Server = s.Image, s.Partition, s.Server
 		d.Connections, d.PID, d.State = s.Connections, s.PID, s.state()
-	} else if d.PID, _ = strconv.Atoi(h.read(index, n, "pid")); h.program(strconv.Itoa(d.PID)) == "" {
+	} else if d.PID = h.attacher(index); h.program(strconv.Itoa(d.PID)) == "" {
 		d.State = Unattended
 	}
 	if d.State == Live || d.State == Away {
@@ -93,6 +95,21 @@ func (h *host) device(index int) Device {
 		d.Partitions = append(d.Partitions, Partition{filepath.Join(h.dev, p), h.bytes(index, p, "start"), h.bytes(index, p, "size")})
 	}
 	return d
+}
+
+// attacher returns the process that has attached a device. The kernel notes a thread
+// of it; if that has ended, it is returned itself.
+func (h *host) attacher(index int) int {
+	thread, _ := strconv.Atoi(h.read(index, name(index), "pid"))
+	status, _ := os.ReadFile(filepath.Join(h.proc, strconv.Itoa(thread), "status"))
+	for line := range strings.Lines(string(status)) {
+		if is, ok := strings.CutPrefix(line, "Tgid:"); ok {
+			if process, err := strconv.Atoi(strings.TrimSpace(is)); err == nil {
+				return process
+			}
+		}
+	}
+	return thread
 }
 
 // Source names what is attached, for people; "": nobody knows.

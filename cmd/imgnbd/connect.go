@@ -64,7 +64,11 @@ func (s *service) runConnected() (err error) {
 	if err := s.protect(); err != nil { // not all of it is allowed everywhere
 		s.u.logger(s.opt.verbose).Debug("not protected from a shortage of memory", "err", err)
 	}
-	pred, err := s.findPredecessor(context.Background())
+	ctx, done := s.untilSignal()
+	pred, err := s.findPredecessor(ctx)
+	if sig := done(); sig != nil && err == nil {
+		s.signalLater(sig)
+	}
 	if err != nil {
 		return err
 	}
@@ -200,21 +204,9 @@ func (s *service) attachImage(pred *connect.Predecessor, e *export.Export) (*con
 // attach adds to opt what the command line says of the device. A signal ends
 // the waiting. If it comes too late for that, it is one to the server of the device.
 func (s *service) attach(pred *connect.Predecessor, opt connect.Options) (a *connect.Attachment, err error) {
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	attached, came := make(chan struct{}), make(chan os.Signal, 1)
-	go func() {
-		defer close(came)
-		select {
-		case sig := <-s.signals:
-			cancel()
-			came <- sig
-		case <-attached:
-		}
-	}()
+	ctx, done := s.untilSignal()
 	defer func() {
-		close(attached)
-		if sig, ok := <-came; ok && err == nil {
+		if sig := done(); sig != nil && err == nil {
 			s.signalLater(sig)
 		}
 	}()

@@ -131,7 +131,11 @@ func (o *mountOptions) choose(file string, l *layout) (int, error) {
 	if len(mountable) == 0 {
 		which = "no partition with a file system that is known here"
 	}
-	return 0, hinted(fmt.Errorf("%s has %s: %s", file, which, l.usable()), "choose with --partition=NUM")
+	err := fmt.Errorf("%s has %s: %s", file, which, l.usable())
+	if len(usable) == 0 {
+		return 0, err
+	}
+	return 0, hinted(err, "choose with --partition=NUM")
 }
 
 // usable lists the partitions that can be used, for who has to choose one.
@@ -211,8 +215,14 @@ func (o *mountOptions) arguments(device, dir string) []string {
 func runTool(name string, args ...string) error {
 	cmd := exec.Command(name, args...)
 	out, err := cmd.CombinedOutput()
-	if text := strings.TrimSpace(string(out)); err != nil && text != "" {
-		return errors.New(strings.ReplaceAll(text, "\n", "; "))
+	var lines []string
+	for line := range strings.Lines(string(out)) {
+		if line = strings.TrimSpace(line); line != "" {
+			lines = append(lines, line)
+		}
+	}
+	if err != nil && lines != nil {
+		return errors.New(strings.Join(lines, "; "))
 	}
 	return err
 }

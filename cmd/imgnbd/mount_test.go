@@ -9,6 +9,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/imgnbd/imgnbd/connect"
+	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/internal/partition"
 )
 
@@ -50,6 +51,9 @@ func TestMountChoice(t *testing.T) {
 		if got != test.want || (err == nil) != (test.err == "") || err != nil && !strings.Contains(err.Error(), test.err) {
 			t.Errorf("%s: %d, %v", test.name, got, err)
 		}
+		if hint, ok := errors.AsType[*image.Hint](err); ok && strings.Contains(test.err, "none can") {
+			t.Errorf("%s: %s", test.name, hint.Advice)
+		}
 	}
 }
 
@@ -76,6 +80,20 @@ func TestMountOptions(t *testing.T) {
 		if o.Code != 1 || !strings.HasPrefix(o.Stderr, "imgnbd: "+want) {
 			t.Errorf("%s: %+v", args, o)
 		}
+	}
+}
+
+// What a tool says is one line here.
+func TestRunTool(t *testing.T) {
+	err := runTool("sh", "-c", "echo mount: bad; echo; echo '       dmesg has more' >&2; exit 32")
+	if err == nil || err.Error() != "mount: bad; dmesg has more" {
+		t.Error(err)
+	}
+	if err := runTool("false"); err == nil || err.Error() != "exit status 1" {
+		t.Error(err)
+	}
+	if err := runTool("echo", "all is well"); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -103,6 +103,27 @@ func (s *service) catchSignals() (undo func()) {
 	}
 }
 
+// untilSignal returns a context that a signal ends. done is called when nobody needs
+// it any more, and returns that signal, nil if none came.
+func (s *service) untilSignal() (_ context.Context, done func() os.Signal) {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	over, came := make(chan struct{}), make(chan os.Signal, 1)
+	go func() {
+		defer close(came)
+		select {
+		case sig := <-s.signals:
+			cancel(fmt.Errorf("ended by a signal: %v", sig))
+			came <- sig
+		case <-over:
+		}
+	}()
+	return ctx, func() os.Signal {
+		defer cancel(nil)
+		close(over)
+		return <-came
+	}
+}
+
 // signalLater puts back a signal that comes too early to be followed.
 func (s *service) signalLater(sig os.Signal) {
 	select {

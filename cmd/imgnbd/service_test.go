@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"os"
 	"strings"
 	"syscall"
@@ -35,5 +36,26 @@ func TestStuckDeviceIsGivenUp(t *testing.T) {
 	close(goOn)
 	if err := s.closeDevice(); err != nil {
 		t.Errorf("one that answers: %v", err)
+	}
+}
+
+// A signal ends what waits, and says that it did; without one nothing is ended.
+func TestUntilSignal(t *testing.T) {
+	s := &service{signals: make(chan os.Signal, 2)}
+	ctx, done := s.untilSignal()
+	if err := ctx.Err(); err != nil {
+		t.Error(err)
+	}
+	if sig := done(); sig != nil {
+		t.Error(sig)
+	}
+	ctx, done = s.untilSignal()
+	s.signals <- syscall.SIGTERM
+	<-ctx.Done()
+	if why := context.Cause(ctx).Error(); why != "ended by a signal: terminated" {
+		t.Error(why)
+	}
+	if sig := done(); sig != syscall.SIGTERM {
+		t.Error(sig)
 	}
 }

@@ -231,6 +231,27 @@ umount m
 
 # Nobody has to ask the server.
 [ ! -e /run/imgnbd/nbd0.json ] || imgnbd -d /dev/nbd0
+
+# Nor does it go by force because whoever is to detach it is killed.
+imgnbd -v -c /dev/nbd0 -f raw disk.raw 2>log &
+eventually grep -q 'is now connected' log
+server=$!
+python3 -c '
+import os, time
+os.open("/dev/nbd0", os.O_RDONLY | os.O_EXCL)
+while not os.path.exists("done"): time.sleep(0.1)' &
+claimed() { python3 -c 'import os; os.open("/dev/nbd0", os.O_RDONLY | os.O_EXCL)' && return 1 || return 0; }
+eventually claimed
+kill $server
+for signal in TERM KILL; do
+    eventually pkill -$signal -f '^imgnbd --disconnect /dev/nbd0'
+    eventually pgrep -f '^imgnbd --disconnect /dev/nbd0$' >/dev/null
+    dd if=/dev/nbd0 of=/dev/null bs=4k count=1 iflag=direct status=none
+done
+touch done
+wait $server
+free /dev/nbd0
+
 imgnbd -v -c auto --connections=4 -f raw disk.raw >device 2>log &
 pid=$!
 eventually test -s device
@@ -242,7 +263,7 @@ grep -q '"connections":4' /run/imgnbd/nbd0.json
 imgnbd -d /dev/nbd0
 wait $pid
 free /dev/nbd0
-`}, "mkfs.ext4")
+`}, "mkfs.ext4", "python3", "pkill", "pgrep")
 }
 
 // A server that is killed with writes under way leaves a device that fails, and
