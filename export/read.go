@@ -195,7 +195,7 @@ func (s *session) copyRun(r *request, run run, flags uint16) error {
 // writer. It returns ErrWouldBlock, having read nothing, if reading would
 // wait or take too much room.
 func (s *session) forwardRun(r *request, run run, flags uint16) error {
-	if run.n > lineMemory {
+	if run.n > lineBytes {
 		return image.ErrWouldBlock
 	}
 	// Those before it in the reply come first; and while the client takes

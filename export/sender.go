@@ -239,6 +239,17 @@ func (s *sender) wait() error {
 	return s.err
 }
 
+// trim forgets what the packer keeps for further replies, unless some are being sent.
+func (s *sender) trim() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.busy {
+		return false
+	}
+	s.out.small, s.out.store = nil, nil
+	return true
+}
+
 // A packer gathers replies into few pieces, so that one call sends many.
 type packer struct {
 	tasks taskList // not packed yet

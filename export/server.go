@@ -82,6 +82,7 @@ type Server struct {
 
 	memory budget
 	bufs   bufferPool
+	idler  idler
 
 	reachedCounts [limits]atomic.Int64
 }

@@ -21,6 +21,9 @@ type socket struct {
 
 	hurries atomic.Bool // small calls are raw
 
+	memory *lineMemory // that the reader lets go of while it waits; may be nil
+	waits  bool        // it has
+
 	lingersAfter bool // a single request
 	lingersMidst bool // in a large write
 	restraint    restraint
@@ -125,7 +128,9 @@ func (s *socket) read(a, b []byte) (int, error) {
 	if len(b) > 0 {
 		s.rd.iov = s.rd.arr[:]
 	}
-	if err := s.rc.Read(s.rd.fn); err != nil {
+	err := s.rc.Read(s.rd.fn)
+	s.goOn()
+	if err != nil {
 		return 0, err
 	}
 	if s.rd.err == nil && s.rd.n == 0 {
@@ -134,7 +139,23 @@ func (s *socket) read(a, b []byte) (int, error) {
 	return s.rd.n, s.rd.err
 }
 
+// wait is called before the poller waits for input, and goOn after.
+func (s *socket) wait() {
+	if s.memory != nil && !s.waits {
+		s.waits = true
+		s.memory.wait()
+	}
+}
+
+func (s *socket) goOn() {
+	if s.waits {
+		s.waits = false
+		s.memory.goOn()
+	}
+}
+
 func (s *socket) readNow(fd uintptr) bool {
+	s.goOn()
 	for {
 		if len(s.rd.iov) == 1 {
 			s.rd.n, s.rd.err = s.readOne(int(fd), s.rd.iov[0])
@@ -144,6 +165,7 @@ func (s *socket) readNow(fd uintptr) bool {
 		switch s.rd.err {
 		case unix.EINTR:
 		case unix.EAGAIN:
+			s.wait()
 			return false
 		default:
 			return true
@@ -180,13 +202,21 @@ func (s *socket) writeOne(fd int, p []byte) (int, error) {
 }
 
 func (s *socket) ready() (bool, error) {
-	if err := s.rc.Read(s.rd.peek); err != nil {
+	err := s.rc.Read(s.rd.peek)
+	s.goOn()
+	if err != nil {
 		return false, err
 	}
 	return true, nil // an error of the socket is for read to find
 }
 
-func (s *socket) peekNow(fd uintptr) bool { return pollNow(fd, unix.POLLIN) }
+func (s *socket) peekNow(fd uintptr) bool {
+	arrived := pollNow(fd, unix.POLLIN)
+	if !arrived {
+		s.wait()
+	}
+	return arrived
+}
 
 func (s *socket) write(iov [][]byte, wait bool) ([][]byte, error) {
 	s.wr.iov, s.wr.wait, s.wr.err = iov, wait, nil

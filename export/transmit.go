@@ -17,14 +17,14 @@ import (
 // device, and the line goes on.
 
 const (
-	lineInput   = 256 << 10          // bytes taken at once
-	lineBatch   = 128 << 10          // bytes of replies that are sent at once
-	lineMemory  = 1<<20 + lineInput  // each way; pages cost nothing until used
-	lineShare   = 8                  // requests that are answered before more are served, see share
-	largeRead   = 64 << 10           // reads from here on are looked at by extent
-	largeWrite  = 64 << 10           // payloads beyond go to a buffer of their own
-	lineAhead   = 4                  // large replies that were read and not sent
-	expectLimit = lineMemory - 4<<10 // payloads up to so many bytes are expected
+	lineInput   = 256 << 10         // bytes taken at once
+	lineBatch   = 128 << 10         // bytes of replies that are sent at once
+	lineBytes   = 1<<20 + lineInput // each way; pages cost nothing until used
+	lineShare   = 8                 // requests that are answered before more are served, see share
+	largeRead   = 64 << 10          // reads from here on are looked at by extent
+	largeWrite  = 64 << 10          // payloads beyond go to a buffer of their own
+	lineAhead   = 4                 // large replies that were read and not sent
+	expectLimit = lineBytes - 4<<10 // payloads up to so many bytes are expected
 
 	// A write that took longer sends those after it to the workers for a
 	// while: the medium or the page cache has had enough.
@@ -35,8 +35,8 @@ const (
 
 // A line is the state of the goroutine that reads the connection.
 type line struct {
-	memory []byte // of in and out
-	in     []byte // in[r:w] has arrived and was not served
+	memory lineMemory // of in and out
+	in     []byte     // in[r:w] has arrived and was not served
 	r, w   int
 	served int    // requests since more input was waited for
 	unsent int    // requests served since replies were sent
@@ -68,18 +68,26 @@ func (s *session) transmit(t transport) error {
 	s.srv.transmitting.Add(1)
 	err := s.conclude(s.serveRequests())
 	s.srv.transmitting.Add(-1)
-	unmapMemory(s.line.memory)
+	m := &s.line.memory
+	unmapMemory(m.mem)
+	m.mem = nil
+	m.mu.Unlock()
 	return err
 }
 
 // prepare makes what the line and the way out need.
 func (s *session) prepare(t transport) error {
-	memory, err := mapMemory(2 * lineMemory)
+	mem, err := mapMemory(2 * lineBytes)
 	if err != nil {
 		return err
 	}
 	l := &s.line
-	l.memory, l.in, l.out = memory, memory[:lineMemory:lineMemory], memory[lineMemory:][:0]
+	l.memory.mu.Lock()
+	l.memory.mem, l.memory.later = mem, s.srv.trimLater
+	l.in, l.out = mem[:lineBytes:lineBytes], mem[lineBytes:][:0]
+	if t, ok := t.(*socket); ok {
+		t.memory = &l.memory
+	}
 	l.w = copy(l.in, l.early)
 	l.shares = runtime.GOMAXPROCS(0) > 1
 	l.ahead = make(chan struct{}, lineAhead)

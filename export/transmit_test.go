@@ -19,7 +19,7 @@ import (
 // TestReadWrite moves data of many sizes, below and above each threshold, and
 // whether or not the device can read without waiting.
 func TestReadWrite(t *testing.T) {
-	sizes := []int{1, 511, 4096, largeRead - 1, largeRead, largeRead + 1, lineBatch, lineInput + 1, lineMemory - 100, lineMemory, 5<<20 + 3, nbd.MaxPayload}
+	sizes := []int{1, 511, 4096, largeRead - 1, largeRead, largeRead + 1, lineBatch, lineInput + 1, lineBytes - 100, lineBytes, 5<<20 + 3, nbd.MaxPayload}
 	each(t, func(t *testing.T, network string, style style) {
 		for _, waits := range []bool{false, true} {
 			dev := &hooked{Device: memDisk(t, 64<<20)}
