@@ -73,7 +73,7 @@ func TestTailAsQEMU(t *testing.T) {
 func TestMapAsQEMU(t *testing.T) {
 	path := qemu.Create(t, "raw", "", "2000k")
 	qemu.IO(t, "raw", path, "write -P 1 64k 128k", "write -P 2 1M 4k")
-	s, err := file.Open(t.Context(), &url.URL{Scheme: "file", Path: path}, writable)
+	s, err := file.Open(t.Context(), &url.URL{Scheme: "file", Path: path}, storage.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
