@@ -362,6 +362,47 @@ func TestReadPastTheEnd(t *testing.T) {
 	}
 }
 
+// Somebody cuts the file short while it is served: what is not there any more
+// does not read as zeros.
+func TestReadCutShort(t *testing.T) {
+	const far = 512 << 20 // in another table
+	x := build(16, 1<<30)
+	x.data(0, 1)
+	x.data(x.cs, 2)
+	tail := int64(len(x.b))
+	x.data(far, 3)
+	mem := storagetest.MemOf(x.bytes())
+	im, err := Open(context.Background(), mem, image.Options{ReadOnly: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer im.Close()
+	p := make([]byte, 2*x.cs)
+	if _, err := im.ReadAt(p, 0); err != nil || p[0] != 1 || p[x.cs] != 2 {
+		t.Fatalf("%d, %d, %v", p[0], p[x.cs], err)
+	}
+	if err := mem.Truncate(tail); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := im.ReadAt(p[:512], far); !errors.Is(err, image.ErrCorrupt) {
+		t.Errorf("a table that is not there any more: %d, %v", p[0], err)
+	}
+	if err := mem.Truncate(tail - x.cs); err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range []struct{ off, n int64 }{{x.cs, 512}, {2*x.cs - 512, 512}, {0, 2 * x.cs}} {
+		if _, err := im.ReadAt(p[:r.n], r.off); !errors.Is(err, image.ErrCorrupt) {
+			t.Errorf("%d bytes at %d that are not there any more: %v", r.n, r.off, err)
+		}
+		if err := im.TryReadAt(p[:r.n], r.off); !errors.Is(err, image.ErrWouldBlock) {
+			t.Errorf("trying %d bytes at %d that are not there any more: %v", r.n, r.off, err)
+		}
+	}
+	if _, err := im.ReadAt(p[:x.cs], 0); err != nil || p[0] != 1 {
+		t.Errorf("what is there: %d, %v", p[0], err)
+	}
+}
+
 // TestTryReadAt: nothing is waited for and no cluster decoded; what is at hand
 // is served, the part of a table included that finds it.
 func TestTryReadAt(t *testing.T) {

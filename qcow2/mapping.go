@@ -88,6 +88,16 @@ func below(off int64, end *atomic.Int64, s storage.Store) (bool, error) {
 	return off >= 0 && off < size, nil
 }
 
+// reaches returns an error unless a store, whose end was met, has the beginning of
+// a cluster: somebody cut it short since that was looked up.
+func reaches(s storage.Store, cluster int64) error {
+	size, err := s.Size()
+	if err == nil && cluster >= size {
+		err = corrupt("offset %#x is past the end (%#x)", cluster, size)
+	}
+	return err
+}
+
 // table returns where the L2 table of an L1 index lies, 0 if there is none.
 func (m *mapping) table(l1Index int64) (int64, error) {
 	if l1Index >= int64(len(m.l1)) {
@@ -134,7 +144,7 @@ func (m *mapping) readSlice(no uint64, b []byte, wait bool) error {
 	n, err := m.store.ReadAt(b, table+within)
 	if errors.Is(err, io.EOF) { // the end of the last table of an image may not be written out
 		clear(b[n:])
-		err = nil
+		err = reaches(m.store, table)
 	}
 	if err != nil {
 		return fmt.Errorf("L2 table at %#x: %w", table, err)

@@ -78,8 +78,10 @@ func (f *files) readData(p []byte, host int64) error {
 	case n == len(p):
 		return nil
 	case errors.Is(err, io.EOF):
-		clear(p[n:])
-		return nil
+		if err = reaches(f.data, f.geo.floor(host+int64(len(p))-1)); err == nil {
+			clear(p[n:])
+			return nil
+		}
 	}
 	return fmt.Errorf("data at %#x: %w", host, err)
 }
