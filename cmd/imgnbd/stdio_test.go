@@ -2,14 +2,14 @@ package main
 
 import (
 	"context"
+	"errors"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"syscall"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/imgnbd/imgnbd/internal/nbd"
 )
@@ -40,12 +40,12 @@ func TestStdio(t *testing.T) {
 		}
 	}
 	t.Run("socket", func(t *testing.T) {
-		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+		fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
 		if err != nil {
 			t.Fatal(err)
 		}
-		unix.CloseOnExec(fds[0])
-		unix.CloseOnExec(fds[1])
+		syscall.CloseOnExec(fds[0])
+		syscall.CloseOnExec(fds[1])
 		theirs, ours := os.NewFile(uintptr(fds[0]), ""), os.NewFile(uintptr(fds[1]), "")
 		defer ours.Close()
 		conn, err := net.FileConn(ours)
@@ -80,7 +80,16 @@ func TestStdio(t *testing.T) {
 	t.Run("pipes that do not block", func(t *testing.T) {
 		cmd := start(t)
 		var fds [2]int
-		if err := unix.Pipe2(fds[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
+		syscall.ForkLock.RLock() // no other child gets them
+		err := syscall.Pipe(fds[:])
+		for _, fd := range fds {
+			syscall.CloseOnExec(fd)
+		}
+		syscall.ForkLock.RUnlock()
+		for _, fd := range fds {
+			err = errors.Join(err, syscall.SetNonblock(fd, true))
+		}
+		if err != nil {
 			t.Fatal(err)
 		}
 		theirs, in := os.NewFile(uintptr(fds[0]), ""), os.NewFile(uintptr(fds[1]), "")
