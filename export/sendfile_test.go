@@ -131,6 +131,12 @@ func TestSendFileCut(t *testing.T) {
 			}
 			p := serve(t, map[string]*Export{"": {Device: dev}}, nil).connect("unix", "", style)
 			p.write(p.header(nbd.CmdRead, 0, 1, 0, size))
+			// A client that took what comes might have most of it by one call.
+			for began := time.Now(); !cut.Load(); runtime.Gosched() {
+				if time.Since(began) > patience {
+					t.Fatal("the file was not cut")
+				}
+			}
 			switch {
 			case !fails:
 				same(t, style.String(), p.answer(0, size).data, pattern(0, size))
@@ -146,9 +152,6 @@ func TestSendFileCut(t *testing.T) {
 					t.Errorf("%v: %v", style, a)
 				}
 				same(t, style.String(), a.data[:kept], pattern(0, kept))
-			}
-			if !cut.Load() {
-				t.Fatal("the file was not cut")
 			}
 			p.ok(nbd.CmdFlush, 0, 0, 0, nil)
 		}
