@@ -60,7 +60,20 @@ func wantErr(t testing.TB, err, want error) {
 	}
 }
 
-func onDisk(t testing.TB) string { return t.TempDir() }
+// onDisk returns a directory that is not on tmpfs, as the one for temporary files may be.
+func onDisk(t testing.TB) string {
+	t.Helper()
+	dir := t.TempDir()
+	var st unix.Statfs_t
+	pass(t, unix.Statfs(dir, &st))
+	if st.Type == unix.TMPFS_MAGIC {
+		var err error
+		dir, err = os.MkdirTemp("/var/tmp", "imgnbd-test-")
+		pass(t, err)
+		t.Cleanup(func() { os.RemoveAll(dir) })
+	}
+	return dir
+}
 
 // memoryDir returns a directory on tmpfs.
 func memoryDir(t testing.TB) string {
@@ -731,7 +744,7 @@ func TestExtentsUnderForeignChange(t *testing.T) {
 // Where a file system lacks an operation it is asked once, and then done by
 // other means, or refused if that is not fast.
 func TestWithoutHoles(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "file")
+	path := filepath.Join(onDisk(t), "file")
 	s := mustOpen(t, path, storage.Options{Access: storage.WriteGrow, Create: true})
 	pass(t, s.WriteAt(bytes.Repeat([]byte{1}, 10000), 0, 0))
 	s.noPunch.Store(true)
@@ -828,14 +841,7 @@ func TestOpenCanceled(t *testing.T) {
 // Where the file system cannot read without waiting, what is in the page cache is
 // read all the same, and nothing else.
 func TestTryReadOfResident(t *testing.T) {
-	dir := t.TempDir()
-	if fd, err := unix.Open(dir, unix.O_RDONLY, 0); err == nil {
-		defer unix.Close(fd)
-		if fileSystem(fd) == unix.TMPFS_MAGIC {
-			t.Skip("the folder for temporary files is in memory")
-		}
-	}
-	path := filepath.Join(dir, "file")
+	path := filepath.Join(onDisk(t), "file")
 	const size = 8<<20 + 100
 	pass(t, os.WriteFile(path, bytes.Repeat([]byte{7}, size), 0o600))
 	s := mustOpen(t, path, storage.Options{Access: storage.WriteGrow})
@@ -883,7 +889,7 @@ func TestResidenceUser(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
 	}
-	path := filepath.Join(t.TempDir(), "file")
+	path := filepath.Join(onDisk(t), "file")
 	pass(t, os.WriteFile(path, make([]byte, 1<<20), 0o666))
 	s := mustOpen(t, path, storage.Options{})
 	s.learnThere()
@@ -915,7 +921,7 @@ func TestResidenceUser(t *testing.T) {
 
 // Where what is in the page cache is not read at once, it is tried less and less.
 func TestResidenceSlow(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "file")
+	path := filepath.Join(onDisk(t), "file")
 	pass(t, os.WriteFile(path, make([]byte, 1<<20), 0o600))
 	s := mustOpen(t, path, storage.Options{})
 	s.learnThere()
@@ -975,7 +981,7 @@ func TestTryReadOnFUSE(t *testing.T) {
 
 // Bytes that were not read yet from the medium are not waited for.
 func TestTryReadOfColdFile(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "file")
+	path := filepath.Join(onDisk(t), "file")
 	pass(t, os.WriteFile(path, bytes.Repeat([]byte{7}, 8<<20), 0o600))
 	s := mustOpen(t, path, storage.Options{})
 	pass(t, unix.Fdatasync(s.fd))
