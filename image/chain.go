@@ -47,7 +47,7 @@ type OpenOptions struct {
 // because it is nothing else is guarded against becoming something else; see
 // [ProbeGuard].
 func (c *Chain) Open(ctx context.Context, name string, opt OpenOptions) (Device, error) {
-	src, err := parseName(name)
+	src, err := c.parse(name)
 	if err != nil {
 		return nil, &Error{"open", name, err}
 	}
@@ -78,6 +78,18 @@ func (c *Chain) top(src *source, opt *OpenOptions) (*layer, error) {
 	return &layer{chain: c, name: src.name}, nil
 }
 
+// parse is parseName for formats that there are. Of a name that asks for another
+// one nothing else that is wrong with it matters.
+func (c *Chain) parse(name string) (source, error) {
+	src, err := parseName(name)
+	if src.format != "" && !isStoreDriver(src.format) {
+		if _, unknown := c.format(src.format); unknown != nil {
+			err = unknown
+		}
+	}
+	return src, err
+}
+
 // settle brings together the format that the name says and the one that
 // somebody else says.
 func (c *Chain) settle(src *source, format string) error {
@@ -96,7 +108,7 @@ func (c *Chain) settle(src *source, format string) error {
 // known. A format without structure is ErrNoCheck. opt.ReadOnly is of no
 // account: the image is opened for writing if it is repaired.
 func (c *Chain) Check(ctx context.Context, name string, opt OpenOptions, what CheckOptions) (res CheckResult, format string, err error) {
-	src, err := parseName(name)
+	src, err := c.parse(name)
 	if err != nil {
 		return res, "", &Error{"open", name, err}
 	}

@@ -42,7 +42,7 @@ type Inspected struct {
 // that somebody is writing is refused rather than read half-way; but not a raw
 // one, of which nothing is told that a writer could change under way.
 func (c *Chain) Inspect(ctx context.Context, name string, opt OpenOptions) (*Inspected, error) {
-	src, err := parseName(name)
+	src, err := c.parse(name)
 	if err != nil {
 		return nil, &Error{"open", name, err}
 	}
@@ -116,7 +116,7 @@ func (c *Chain) identify(ctx context.Context, name string) string {
 // walk inspects an image and all images below it, the first first, and visits
 // each while it is open.
 func (c *Chain) walk(ctx context.Context, name string, opt OpenOptions, visit func(*layer, *Inspected, storage.Store) error) error {
-	src, err := parseName(name)
+	src, err := c.parse(name)
 	if err != nil {
 		return &Error{"open", name, err}
 	}

@@ -168,6 +168,8 @@ func TestSameAsQEMUNBD(t *testing.T) {
 		{"json:{}"},
 		{"json:3"},
 		{`json:{"driver":"raw"}`},
+		{`json:{"driver":"nope"}`},
+		{`json:{"driver":"nope","file":{"driver":"file","filename":"disk.raw"}}`},
 		{`json:{"driver":"qcow2","file":{"driver":"file"}}`},
 		{`json:{"driver":"qcow2","file":"disk.qcow2"}`},
 		{`json:{"driver":"raw","file":{"driver":"file","filename":"disk.raw"},"x":1}`},
