@@ -23,7 +23,7 @@ PORTABLE = ./asif ./cmd/... ./export ./image/... ./internal/drivers ./internal/n
 help: ## this text
 	@echo 'usage: make TARGET [VARIABLE=value]'
 	@echo
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 16
 
 .PHONY: build
 build: ## the program, as bin/imgnbd
