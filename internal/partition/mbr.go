@@ -3,6 +3,7 @@ package partition
 import (
 	"encoding/binary"
 	"fmt"
+	"slices"
 )
 
 const (
@@ -55,6 +56,11 @@ func (m mbr) protective() bool {
 		}
 	}
 	return false
+}
+
+// displaced reports whether it would be that, but for where the GPT begins.
+func (m mbr) displaced() bool {
+	return !m.protective() && slices.ContainsFunc(m.entries[:], func(e mbrEntry) bool { return e.kind == typeProtective })
 }
 
 func (e mbrEntry) extended() bool { return e.kind == 0x05 || e.kind == 0x0f || e.kind == 0x85 }

@@ -74,6 +74,8 @@ func Read(r io.ReaderAt, size int64) (*Table, error) {
 		return nil, ErrNone
 	case m.protective():
 		return d.readGPT()
+	case m.displaced():
+		return nil, errors.New("the MBR is there to protect a GPT, but not from sector 1 on: neither is taken for a table")
 	}
 	return d.readMBR(m)
 }

@@ -142,7 +142,6 @@ func TestMBR(t *testing.T) {
 		{"a record that is none", "1:100+900x (extended boot record at sector 100: it has no signature)", func(b []byte) {
 			putMBR(b, 0, entry{5, 100, 900})
 		}},
-		{"0xee elsewhere", "1:8+8", func(b []byte) { putMBR(b, 0, entry{typeProtective, 8, 8}) }},
 		{"empty", "", func(b []byte) { putMBR(b, 0) }},
 	} {
 		b := make([]byte, 1<<20)
@@ -214,6 +213,10 @@ func TestGPT(t *testing.T) {
 			}},
 			{"hybrid", good, "", func(b []byte) []byte {
 				putMBR(b, 0, entry{0x83, 900, 10}, entry{typeProtective, 1, 60})
+				return b
+			}},
+			{"protected elsewhere", "", "the MBR is there to protect a GPT, but not from sector 1 on: neither is taken for a table", func(b []byte) []byte {
+				putMBR(b, 0, entry{0x83, 900, 10}, entry{typeProtective, 2, 60})
 				return b
 			}},
 			{"without protection", "1:900+10", "", func(b []byte) []byte {

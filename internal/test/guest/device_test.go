@@ -46,6 +46,15 @@ for image in two.raw five.raw gpt.raw; do
     done <ours
     imgnbd -d /dev/nbd0
 done
+# What protects a GPT elsewhere than where that begins has none.
+truncate -s 1M displaced.raw
+printf '\x83\0\0\0\x64\0\0\0\x64\0\0\0\0\0\0\0\xee\0\0\0\x02\0\0\0\x64\0\0\0' |
+    dd of=displaced.raw bs=1 seek=450 conv=notrunc status=none
+printf '\x55\xaa' | dd of=displaced.raw bs=1 seek=510 conv=notrunc status=none
+refused 'not from sector 1 on' -- imgnbd partitions -f raw displaced.raw
+imgnbd -r -c /dev/nbd0 -f raw displaced.raw
+nodes /dev/nbd0
+imgnbd -d /dev/nbd0
 rmmod nbd
 for max in default 0 8 16; do
     options=
