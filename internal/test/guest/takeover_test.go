@@ -413,6 +413,20 @@ eventually guardians 0
 free /dev/nbd0
 }
 for n in $CONNECTIONS; do replace $n; done
+
+# An image that has grown is another one to a successor, and its device keeps its size.
+truncate -s 32M grown.raw
+imgnbd -c /dev/nbd0 -f raw grown.raw
+old=$(server /dev/nbd0)
+truncate -s 48M grown.raw
+refused 'with size 33554432' -- imgnbd -c /dev/nbd0 --replace -f raw grown.raw
+[ "$(server /dev/nbd0)" = $old ]
+[ "$(blockdev --getsize64 /dev/nbd0)" = 33554432 ]
+echo still served | dd of=/dev/nbd0 bs=512 seek=65535 conv=sync oflag=direct status=none
+imgnbd -d /dev/nbd0
+[ "$(dd if=grown.raw bs=512 skip=65535 count=1 status=none | tr -d '\0')" = 'still served' ]
+free /dev/nbd0
+
 [ -z "$(ls /run/imgnbd)" ] || fail "$(ls /run/imgnbd)"
 imgnbd check -q -f qcow2 disk.qcow2
 if dmesg | grep -E 'I/O error|EXT4-fs error'; then fail 'the kernel saw errors'; fi
