@@ -74,7 +74,7 @@ type Options struct {
 	// calls Release. nil: what is under way then waits for another server.
 	Guard func(Ward) error
 
-	Log *slog.Logger // what Tend has to say; nil: nowhere
+	Log *slog.Logger // what Attach and Tend have to say; nil: nowhere
 
 	// MaxPart is the parameter max_part of the module nbd, should it have to
 	// be loaded; negative: the module's default.
@@ -142,7 +142,9 @@ func (a *Attachment) Close() error {
 }
 
 // Attach connects an export to the kernel. It returns when the device can be
-// used: it has its size, and for every partition of its table there is a node.
+// used: it has its size, and for every partition of its table there is a node. If
+// that fails, or ctx ends, while somebody has mounted it already, it is attached all
+// the same, which Log is told.
 func Attach(ctx context.Context, opt Options) (*Attachment, error) {
 	h, err := newHost()
 	if err != nil {

@@ -19,6 +19,9 @@ import (
 // systems have been flushed that are mounted in this mount namespace; what is
 // written to them later is lost. A server that
 // answers nothing is killed then, if it is one of this module's.
+//
+// A ctx that is cancelled ends the waiting; a deadline does so only for what comes
+// after the flush, which takes as long as it takes.
 func Detach(ctx context.Context, path string, force bool) error {
 	h, err := newHost()
 	if err != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"io/fs"
 	"net/url"
 	"os"
@@ -223,6 +224,9 @@ func (s *service) findPredecessor(ctx context.Context) (_ *connect.Predecessor, 
 	case err != nil:
 	case pred.Lives() && s.opt.temporary:
 		err = errors.New("--replace and --snapshot exclude each other: a temporary overlay ends with its server")
+	case pred.Lives() && pred.Identity().Volatile == syncFailed: // it would refuse, where nobody reads why
+		err = hinted(fmt.Errorf("%s: %s, so no other server can have it", pred.Path(), syncFailed),
+			"umount it, and give up what its server cannot write: imgnbd -d --force "+pred.Path())
 	case pred.Lives():
 		err = pred.Receive(ctx)
 	case pred.Identity().Volatile != "":

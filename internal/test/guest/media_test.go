@@ -149,8 +149,17 @@ for first in client server; do
     broken '0 65536 error'
     echo answered | dd of=/dev/nbd0 bs=4k seek=10240 conv=sync oflag=direct status=none
     [ $first = server ] || refused 'Input/output error' -- python3 -c 'import os; os.fsync(os.open("/dev/nbd0", os.O_RDWR))'
-    refused 'has not handed it over' -- imgnbd -c /dev/nbd0 --replace -f raw /dev/mapper/whole
-    if [ $first = client ]; then
+    replaced() { refused "$1" -- imgnbd -c /dev/nbd0 --replace -f raw /dev/mapper/whole; }
+    if [ $first = server ]; then
+        replaced 'has not handed it over'
+    else
+        replaced 'a sync of its image has failed, so no other server can have it'
+        # Whoever asks all the same gets nothing.
+        python3 -c '
+import socket
+s = socket.socket(socket.AF_UNIX)
+s.connect("/run/imgnbd/nbd0.sock")
+assert s.recv(1) == b""'
         grep -q 'which nobody can have any more: a sync of its image has failed' attached
         kill -KILL $server
     fi
