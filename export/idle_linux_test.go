@@ -104,8 +104,10 @@ func TestIdleMemory(t *testing.T) {
 		p.ok(nbd.CmdWrite, 0, 1<<20, 1<<20, pattern(1<<20, 1<<20))
 		same(t, "two writes", p.ok(nbd.CmdRead, 0, 0, 2<<20, nil), pattern(0, 2<<20))
 		p.conn.Close()
-		for s.transmitting.Load() > 0 {
-			runtime.Gosched()
+		for left := 1; left > 0; runtime.Gosched() { // so that waiting finds the next one
+			s.mu.Lock()
+			left = len(s.sessions)
+			s.mu.Unlock()
 		}
 	}
 }
