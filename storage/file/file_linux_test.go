@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -382,6 +383,34 @@ func TestRefusesOtherNodes(t *testing.T) {
 	// A reader in the FIFO's other end would have noticed.
 	if _, err := unix.Open(fifo, unix.O_WRONLY|unix.O_NONBLOCK, 0); err != unix.ENXIO {
 		t.Errorf("the FIFO has a reader: %v", err)
+	}
+}
+
+// Who holds a lease, as an NFS or SMB server does for its clients, is asked to
+// give it up, and has the time for it.
+func TestOpenBreaksLease(t *testing.T) {
+	for _, access := range []storage.Access{storage.Read, storage.Write} {
+		path := filepath.Join(t.TempDir(), "leased")
+		pass(t, os.WriteFile(path, make([]byte, 512), 0o600))
+		holder, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(holder)
+		asked := make(chan os.Signal, 1)
+		signal.Notify(asked, unix.SIGIO)
+		defer signal.Stop(asked)
+		if _, err := unix.FcntlInt(uintptr(holder), unix.F_SETLEASE, unix.F_WRLCK); err != nil {
+			t.Fatal(err)
+		}
+		gaveUp := make(chan error, 1)
+		go func() {
+			<-asked
+			_, err := unix.FcntlInt(uintptr(holder), unix.F_SETLEASE, unix.F_UNLCK)
+			gaveUp <- err
+		}()
+		mustOpen(t, path, storage.Options{Access: access})
+		pass(t, <-gaveUp)
 	}
 }
 

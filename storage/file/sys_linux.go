@@ -54,7 +54,6 @@ func openFound(held int, path string, opt storage.Options) (*node, error) {
 		return nil, err
 	}
 
-	// Without O_NONBLOCK a lease of somebody else could make open wait.
 	flags := unix.O_CLOEXEC | unix.O_NOCTTY | unix.O_NONBLOCK
 	if opt.Access == storage.Read {
 		flags |= unix.O_RDONLY
@@ -65,6 +64,11 @@ func openFound(held int, path string, opt storage.Options) (*node, error) {
 		flags |= unix.O_DIRECT
 	}
 	fd, err := openHeld(held, path, flags)
+	if err == unix.EAGAIN {
+		// A lease, of an NFS or SMB server for instance: whoever has it was asked, and
+		// loses it after lease-break-time, 45 s.
+		fd, err = openHeld(held, path, flags&^unix.O_NONBLOCK)
+	}
 	switch {
 	case err == unix.EINVAL && opt.Direct:
 		return nil, noDirect(fmt.Errorf("the file system has no direct I/O: %w", err))
