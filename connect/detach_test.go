@@ -92,6 +92,28 @@ func TestDetachHungSuccessor(t *testing.T) {
 	}
 }
 
+// Who cannot see the devices of the kernel takes none for detached.
+func TestOursUnseen(t *testing.T) {
+	h, k := newFake(t)
+	a := attach(t, h, to("/dev/nbd0", disk))
+	if !a.Ours() {
+		t.Error("it is attached")
+	}
+	if err := os.Rename(h.sys, h.sys+" moved"); err != nil {
+		t.Fatal(err)
+	}
+	if !a.Ours() {
+		t.Error("it is taken for detached")
+	}
+	if err := os.Rename(h.sys+" moved", h.sys); err != nil {
+		t.Fatal(err)
+	}
+	k.free(0)
+	if a.Ours() {
+		t.Error("it is detached")
+	}
+}
+
 // Of two that detach a device at once the second finds it free.
 func TestDetachTogether(t *testing.T) {
 	h, k := newFake(t)

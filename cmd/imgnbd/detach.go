@@ -73,11 +73,17 @@ func (s *service) detach(a *connect.Attachment) error {
 	for force, told := false, false; ; {
 		err := s.runDetacher(a, force)
 		e, ok := errors.AsType[*exit](err)
+		_, left := errors.AsType[*departed](err)
 		switch {
 		case ok && e.code < 0: // it was killed, which says nothing of the device
+		case !ok && err != nil && !left: // nor does it that there was none
+			if !told {
+				told = true
+				s.u.message(fmt.Sprintf("%s is not detached: %v: it is tried again", a.Path(), err))
+			}
 		case force || !ok:
 			return errors.Join(failed, err)
-		case e.code != inUse:
+		case e.code != inUse && len(a.Holders()) == 0:
 			failed, force = e.err, true
 			continue
 		case !told:
@@ -98,8 +104,8 @@ func (s *service) detach(a *connect.Attachment) error {
 // runDetacher detaches the device in another process. To flush it waits for
 // this one: a thread that did so here would keep its sockets open after the
 // death of all others, and neither would the wait have an end nor could the
-// device be taken over. What fails is an *exit, of -1 if it was killed. A signal, or a server that
-// does not answer, leaves the device attached, with a *departed.
+// device be taken over. What fails is an *exit, of -1 if it was killed. A signal,
+// or a server that does not answer, leaves the device attached, with a *departed.
 func (s *service) runDetacher(a *connect.Attachment, force bool) error {
 	if !a.Ours() {
 		return nil

@@ -248,9 +248,9 @@ server=$!
 python3 -c '
 import os, time
 os.open("/dev/nbd0", os.O_RDONLY | os.O_EXCL)
+open("claimed", "w")
 while not os.path.exists("done"): time.sleep(0.1)' &
-claimed() { python3 -c 'import os; os.open("/dev/nbd0", os.O_RDONLY | os.O_EXCL)' && return 1 || return 0; }
-eventually claimed
+eventually test -e claimed
 kill $server
 for signal in TERM KILL; do
     eventually pkill -$signal -f '^imgnbd --disconnect /dev/nbd0'
@@ -271,6 +271,29 @@ umount m
 grep -q '"connections":4' /run/imgnbd/nbd0.json
 imgnbd -d /dev/nbd0
 wait $pid
+free /dev/nbd0
+
+# A server from before the switch of root may see nothing of the kernel's. It does
+# not take its device for detached.
+unshare -m --propagation private sh -c '
+imgnbd -v -c /dev/nbd0 -f raw disk.raw 2>hiding &
+until grep -q "is now connected" hiding; do sleep 0.1; done
+mount -t tmpfs none /sys
+mount -t tmpfs none /proc
+touch hidden
+wait' &
+eventually test -e hidden
+pid=$(server /dev/nbd0)
+mount /dev/nbd0 m
+kill $pid
+eventually grep -q '/dev/nbd0 is not detached: .*: it is tried again' hiding
+echo 3 >/proc/sys/vm/drop_caches
+verify m
+kill -KILL $pid
+eventually gone $pid
+imgnbd -c /dev/nbd0 -f raw disk.raw
+umount m
+imgnbd -d /dev/nbd0
 free /dev/nbd0
 `}, "mkfs.ext4", "python3", "pkill", "pgrep")
 }
