@@ -16,6 +16,7 @@ type layer struct {
 	id    string // identity of its store
 	above *layer // who names it; nil for the first
 	depth int
+	alone bool        // nothing is opened below it, and what would show reads as zeros
 	opt   OpenOptions // what layers below inherit: Direct, NoLock
 }
 
@@ -140,7 +141,7 @@ func (l *layer) openStore(ctx context.Context, src source, f *Format, opt OpenOp
 // openFormat gives s its meaning. looked is the identity of the store in which
 // the format was recognised, "" if nobody looked.
 func (l *layer) openFormat(ctx context.Context, s storage.Store, f *Format, opt OpenOptions, src source, looked string) (Device, error) {
-	l.id = identity(s)
+	l.id, l.alone = identity(s), src.alone
 	l.opt = OpenOptions{Direct: opt.Direct, NoLock: opt.NoLock, Timeout: opt.Timeout}
 	if err := l.same(s, f, looked); err != nil {
 		return nil, err
@@ -191,6 +192,9 @@ func (l *layer) same(s storage.Store, f *Format, looked string) error {
 
 // OpenImage opens a backing image of l, read-only.
 func (l *layer) OpenImage(ctx context.Context, ref Reference) (Device, error) {
+	if l.alone {
+		return hole{}, nil
+	}
 	below, src, f, err := l.admit(ctx, ref, true)
 	if err != nil {
 		return nil, err

@@ -24,6 +24,7 @@ type source struct {
 	readOnly bool
 	direct   bool
 	noLock   bool
+	alone    bool // nothing is below it, whatever it says
 }
 
 // plain returns an error unless src means a file as it is, as it has to where no
@@ -213,7 +214,9 @@ func (o nodeOptions) members(dec *json.Decoder, prefix string) error {
 			}
 			continue
 		default:
-			return fmt.Errorf("option %q is null, which no option here takes", key)
+			if key != "backing" {
+				return fmt.Errorf("option %q is null, which only backing can be", key)
+			}
 		}
 		if _, twice := o[key]; twice {
 			return fmt.Errorf("option %q appears twice", key)
@@ -276,12 +279,16 @@ func (o nodeOptions) source() (src source, err error) {
 	}
 	src.direct = src.direct || direct
 	o.take("node-name") // nobody can refer to it
+	if v, given := o["backing"]; given && v == "" {
+		src.alone = true
+		delete(o, "backing")
+	}
 	for k, v := range o {
 		switch {
 		case strings.HasPrefix(k, "file."):
 			return src, fmt.Errorf("Block protocol 'file' doesn't support the option '%s'", strings.TrimPrefix(k, "file."))
 		case k == "backing" || strings.HasPrefix(k, "backing."):
-			return src, errors.New(`option "backing" is not known: the backing image is what the image says`)
+			return src, errors.New(`option "backing" is null, or is not there: the backing image is what the image says`)
 		}
 		src.params = append(src.params, Param{k, v})
 	}

@@ -93,6 +93,8 @@ func TestParseNameRefuses(t *testing.T) {
 		`json:{"driver":"qcow2","file":{"driver":"nbd","host":"h"}}`:                                    "nbd",
 		`json:{"driver":"qcow2","file":{"filename":"a","x":1}}`:                                         "option 'x'",
 		`json:{"driver":"qcow2","file":{"filename":"a"},"backing":{"driver":"raw"}}`:                    "backing",
+		`json:{"driver":"qcow2","file":{"filename":"a"},"backing":"b"}`:                                 "backing",
+		`json:{"driver":"qcow2","file":{"filename":"a","backing":null}}`:                                "null",
 		`json:{"driver":"qcow2","file":{"filename":"a"},"read-only":"maybe"}`:                           "expects 'on' or 'off'",
 		`json:{"driver":"qcow2","file":{"filename":"a","locking":"x"}}`:                                 "invalid parameter value: x",
 		`json:{"driver":"raw","file":{"driver":"http","url":"ftp://h/x"}}`:                              "not a URL of http",
@@ -126,6 +128,12 @@ func TestNameOptions(t *testing.T) {
 	}
 	if !src.readOnly || !src.noLock || !src.direct || len(src.params) != 0 {
 		t.Errorf("%+v", src)
+	}
+	for options, alone := range map[string]bool{``: false, `,"backing":null`: true, `,"backing":""`: true} {
+		src, err = parseName(`json:{"driver":"qcow2","file.filename":"/a"` + options + `}`)
+		if err != nil || src.alone != alone || src.name != "/a" {
+			t.Errorf("%s: %+v, %v", options, src, err)
+		}
 	}
 }
 

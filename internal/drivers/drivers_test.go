@@ -355,3 +355,71 @@ func TestChains(t *testing.T) {
 		t.Errorf("the chain is %+v", all)
 	}
 }
+
+// What is changed in an overlay that is opened alone shows in the chain, and
+// nothing else does; so zeros are marked, though all reads as zeros.
+func TestAlone(t *testing.T) {
+	for _, options := range []string{"compat=1.1", "compat=0.10", "extended_l2=on"} {
+		t.Run(options, func(t *testing.T) {
+			dir := t.TempDir()
+			base, top := filepath.Join(dir, "base.raw"), filepath.Join(dir, "top.qcow2")
+			qemu.Img(t, "create", "-q", "-f", "raw", base, "1M")
+			qemu.IO(t, "raw", base, "write -P 1 0 1M")
+			qemu.Img(t, "create", "-q", "-f", "qcow2", "-o", options, "-b", "base.raw", "-F", "raw", top)
+			qemu.IO(t, "qcow2", top, "write -P 2 64k 192k")
+
+			d, err := chain().Open(t.Context(), `json:{"driver":"qcow2","file.filename":"`+top+`","backing":null}`, image.OpenOptions{Unmap: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			alone := make([]byte, d.Info().Size)
+			copy(alone[64<<10:], bytes.Repeat([]byte{2}, 192<<10))
+			got := make([]byte, len(alone))
+			if _, err := d.ReadAt(got, 0); err != nil || !bytes.Equal(got, alone) {
+				t.Errorf("it does not read as what it has, and zeros: %v", err)
+			}
+			extents, err := d.AppendExtents(nil, 0, 64<<10, image.WantZero|image.WantAllocated)
+			if err != nil || len(extents) != 1 || !extents[0].Zero || extents[0].Allocated {
+				t.Errorf("what it does not have: %+v, %v", extents, err)
+			}
+			chained := bytes.Repeat([]byte{1}, len(alone))
+			copy(chained[64<<10:], alone[64<<10:][:192<<10])
+			for _, err := range []error{
+				d.WriteAt([]byte{3}, 300<<10, 0), // its cluster is filled with zeros
+				d.WriteZeroes(128<<10, 64<<10, image.MayUnmap),
+				d.WriteZeroes(512<<10, 64<<10, 0),
+				d.WriteZeroes(640<<10, 64<<10, image.MayUnmap),
+				d.Discard(768<<10, 64<<10),
+				d.Close(),
+			} {
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+			unit := 64 << 10
+			if options == "extended_l2=on" {
+				unit = 2 << 10
+			}
+			at := 300 << 10 / unit * unit
+			clear(chained[at:][:unit])
+			chained[300<<10] = 3
+			for _, at := range []int{128 << 10, 512 << 10, 640 << 10} {
+				clear(chained[at:][:64<<10])
+			}
+			if options != "compat=0.10" { // which knows no zero clusters
+				clear(chained[768<<10:][:64<<10])
+			}
+			flat := filepath.Join(dir, "flat")
+			qemu.Img(t, "convert", "-f", "qcow2", "-O", "raw", top, flat)
+			if got, err = os.ReadFile(flat); err != nil || !bytes.Equal(got, chained) {
+				for i := range got {
+					if got[i] != chained[i] {
+						t.Errorf("byte %#x of the chain is %d, not %d", i, got[i], chained[i])
+						break
+					}
+				}
+			}
+			qemu.Img(t, "check", "-q", top)
+		})
+	}
+}
