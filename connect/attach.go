@@ -229,10 +229,11 @@ func (h *host) attach(ctx context.Context, opt Options) (_ *Attachment, err erro
 	if err := h.awaitReady(ctx, a.index, c.size); err != nil {
 		// Others know of it already. To detach what they have mounted would cost
 		// them what they write.
-		if !a.Ours() || len(a.Holders()) == 0 {
+		holders := a.Holders()
+		if !a.Ours() || len(holders) == 0 {
 			return nil, err
 		}
-		a.opt.Log.Warn("in use before it is ready", "device", a.Path(), "by", a.Holders()[0].String(), "err", err)
+		a.opt.Log.Warn("in use before it is ready", "device", a.Path(), "by", holders[0].String(), "err", err)
 	}
 	return a, nil
 }

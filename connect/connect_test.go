@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -516,6 +517,40 @@ func TestAttachInUse(t *testing.T) {
 			a.Close()
 		}
 	}
+}
+
+// Who has it mounted may be done with it at once.
+func TestAttachInUseBriefly(t *testing.T) {
+	h, k := newFake(t)
+	k.table, k.noNodes = []int{1}, true
+	k.file("proc/self/mountinfo", "1 2 43:1 / /mnt rw - ext4 /dev/nbd0p1 rw\n")
+	// What is read after the mounts waits until they are no more.
+	swaps := filepath.Join(h.proc, "swaps")
+	if err := errors.Join(os.Remove(swaps), syscall.Mkfifo(swaps, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		f, err := os.OpenFile(swaps, os.O_WRONLY, 0)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer f.Close()
+		k.file("proc/self/mountinfo", "")
+		if err := os.Remove(swaps); err != nil {
+			t.Error(err)
+		}
+	}()
+	ctx, cancel := context.WithCancel(limited(t))
+	h.kernel = &unlisted{k, cancel}
+	a, err := h.attach(ctx, to("/dev/nbd0", disk))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !h.connected(0) {
+		t.Errorf("%q", k.logged())
+	}
+	a.Close()
 }
 
 // Unlisted partitions are not in /dev, and who looks for them there is stopped.
