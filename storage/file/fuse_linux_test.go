@@ -85,6 +85,14 @@ func TestExtentsOnFUSE(t *testing.T) {
 	t.Cleanup(func() { qemu.Run(t, "umount", "-l", dir); server.Wait() })
 	path := filepath.Join(dir, "disk")
 
+	for times := range int32(10) { // wherever opening asks
+		lazy.interrupted.Store(times)
+		s, err := tryOpen(path, storage.Options{})
+		if err != nil {
+			t.Fatalf("interrupted %d times: %v", times, err)
+		}
+		pass(t, s.Close())
+	}
 	reader := mustOpen(t, path, storage.Options{})
 	lazy.interrupted.Store(3)
 	if exts, err := reader.AppendExtents(nil, 0, lazy.size); err != nil || len(exts) != 1 || !exts[0].Hole {

@@ -47,7 +47,7 @@ func openNode(path string, opt storage.Options) (*node, error) {
 // openFound opens what hold has found or made.
 func openFound(held int, path string, opt storage.Options) (*node, error) {
 	var before unix.Stat_t
-	if err := unix.Fstat(held, &before); err != nil {
+	if err := fstat(held, &before); err != nil {
 		return nil, err
 	}
 	if err := checkKind(before.Mode); err != nil {
@@ -107,7 +107,7 @@ func openHeld(held int, path string, flags int) (int, error) {
 // checkSame says whether fd is of the node that was held.
 func checkSame(fd int, held *unix.Stat_t) error {
 	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
+	if err := fstat(fd, &st); err != nil {
 		return err
 	}
 	if st.Dev != held.Dev || st.Ino != held.Ino || st.Mode&unix.S_IFMT != held.Mode&unix.S_IFMT {
@@ -232,7 +232,7 @@ func examine(fd int, st *unix.Stat_t, opt storage.Options) (*node, error) {
 // born returns when a file was made, "" where the file system does not keep it.
 func born(fd int) string {
 	var st unix.Statx_t
-	err := unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_BTIME, &st)
+	err := retry(func() error { return unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_BTIME, &st) })
 	if err != nil || st.Mask&unix.STATX_BTIME == 0 {
 		return ""
 	}
@@ -261,7 +261,7 @@ func (n *node) findAlignment() error {
 	}
 	n.directMemory = uintptr(n.directBlock)
 	var st unix.Statx_t
-	err := unix.Statx(n.fd, "", unix.AT_EMPTY_PATH, unix.STATX_DIOALIGN, &st)
+	err := retry(func() error { return unix.Statx(n.fd, "", unix.AT_EMPTY_PATH, unix.STATX_DIOALIGN, &st) })
 	if err != nil || st.Mask&unix.STATX_DIOALIGN == 0 {
 		return nil
 	}
@@ -330,12 +330,14 @@ func sizeOf(fd int, block bool) (int64, error) {
 		}
 		return int64(size), nil
 	}
-	for {
-		var st unix.Stat_t
-		if err := unix.Fstat(fd, &st); err != unix.EINTR { // FUSE passes on what its server says
-			return st.Size, err
-		}
-	}
+	var st unix.Stat_t
+	err := fstat(fd, &st)
+	return st.Size, err
+}
+
+// fstat asks again where a signal came between: FUSE passes on what its server says.
+func fstat(fd int, st *unix.Stat_t) error {
+	return retry(func() error { return unix.Fstat(fd, st) })
 }
 
 // preadNoWait reads what is there without waiting for a medium; EAGAIN says
