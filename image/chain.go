@@ -188,7 +188,15 @@ func (c *Chain) openStore(ctx context.Context, src source, opt storage.Options) 
 	if src.noLock {
 		opt.Share = storage.ShareNoLock
 	}
-	return c.Protocols[i].Open(ctx, src.url, opt)
+	s, err := c.Protocols[i].Open(ctx, src.url, opt)
+	if err != nil || !src.part {
+		return s, err
+	}
+	part, err := storage.Section(s, src.begin, src.length)
+	if err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	return part, nil
 }
 
 func (c *Chain) warn(format string, args ...any) {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net/url"
 	"os"
 	"slices"
@@ -25,6 +26,9 @@ type source struct {
 	direct   bool
 	noLock   bool
 	alone    bool // nothing is below it, whatever it says
+
+	part          bool  // only the bytes from begin on, length of them
+	begin, length int64 // length < 0: all
 }
 
 // plain returns an error unless src means a file as it is, as it has to where no
@@ -50,7 +54,7 @@ func parseName(name string) (source, error) {
 	}
 	if rest, ok := strings.CutPrefix(name, "json:"); ok {
 		src, err := parseJSON(rest)
-		if err != nil || len(src.params) > 0 || src.url.Scheme != "file" {
+		if err != nil || len(src.params) > 0 || src.part || src.url.Scheme != "file" {
 			src.name = name
 		} else if _, _, ok := cutProtocol(src.name); ok {
 			src.name = src.url.Path
@@ -138,7 +142,7 @@ func resolve(from storage.Store, base, ref string) (source, error) {
 }
 
 // parseJSON understands the block node descriptions of QEMU that describe one
-// format over one store, nested or with dotted keys.
+// format over one store or a part of one, nested or with dotted keys.
 func parseJSON(text string) (source, error) {
 	opts, err := flatten(text)
 	if err != nil {
@@ -262,6 +266,11 @@ func (o nodeOptions) source() (src source, err error) {
 		return src, errors.New("Must specify either driver or file")
 	} else if !described {
 		return src, errors.New(`A block device must be specified for "file"`)
+	} else if o["file.driver"] == "raw" {
+		if err := o.partOf(&src, file); err != nil {
+			return src, err
+		}
+		file = "file.file."
 	}
 	if err := o.store(&src, file); err != nil {
 		return src, err
@@ -295,6 +304,31 @@ func (o nodeOptions) source() (src source, err error) {
 	// A map has no order, and messages should.
 	slices.SortFunc(src.params, func(a, b Param) int { return strings.Compare(a.Key, b.Key) })
 	return src, nil
+}
+
+// partOf takes the options of a raw node below a format: it shows a part of a
+// file, such as a disk in an archive.
+func (o nodeOptions) partOf(src *source, p string) (err error) {
+	o.take(p + "driver")
+	o.take(p + "node-name")
+	src.part, src.length = true, -1
+	for _, n := range []struct {
+		key string
+		to  *int64
+	}{{"offset", &src.begin}, {"size", &src.length}} {
+		if _, given := o[p+n.key]; !given {
+			continue
+		}
+		v, err := Param{n.key, o.take(p + n.key)}.Size()
+		if err != nil {
+			return err
+		}
+		*n.to = int64(min(v, math.MaxInt64))
+	}
+	if src.length > 0 && src.length%512 != 0 {
+		return errors.New("Specified size is not multiple of 512")
+	}
+	return nil
 }
 
 func isStoreDriver(driver string) bool {

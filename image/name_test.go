@@ -89,7 +89,12 @@ func TestParseNameRefuses(t *testing.T) {
 		`json:{"driver":"raw","driver":"qcow2","file.filename":"a"}`:                                    "twice",
 		`json:{"driver":null,"file.filename":"a"}`:                                                      "null",
 		`json:{"driver":"raw","x":[1],"file.filename":"a"}`:                                             "list",
-		`json:{"driver":"qcow2","file":{"driver":"raw","file":{"filename":"a"}}}`:                       "raw",
+		`json:{"driver":"raw","file":{"driver":"qcow2","file":{"filename":"a"}}}`:                       "qcow2",
+		`json:{"driver":"qcow2","file":{"driver":"raw","size":"x","file":{"filename":"a"}}}`:            "expects a non-negative number",
+		`json:{"driver":"qcow2","file":{"driver":"raw","size":513,"file":{"filename":"a"}}}`:            "not multiple of 512",
+		`json:{"driver":"qcow2","file":{"driver":"raw","x":1,"file":{"filename":"a"}}}`:                 "option 'x'",
+		`json:{"driver":"qcow2","file":{"driver":"raw"}}`:                                               "requires a file name",
+		`json:{"driver":"qcow2","file":{"driver":"raw","file":{"driver":"raw","file.filename":"a"}}}`:   "raw",
 		`json:{"driver":"qcow2","file":{"driver":"nbd","host":"h"}}`:                                    "nbd",
 		`json:{"driver":"qcow2","file":{"filename":"a","x":1}}`:                                         "option 'x'",
 		`json:{"driver":"qcow2","file":{"filename":"a"},"backing":{"driver":"raw"}}`:                    "backing",
@@ -133,6 +138,13 @@ func TestNameOptions(t *testing.T) {
 		src, err = parseName(`json:{"driver":"qcow2","file.filename":"/a"` + options + `}`)
 		if err != nil || src.alone != alone || src.name != "/a" {
 			t.Errorf("%s: %+v, %v", options, src, err)
+		}
+	}
+	for node, want := range map[string][2]int64{`"driver":"raw"`: {0, -1}, `"driver":"raw","offset":512`: {512, -1}, `"driver":"raw","offset":"1k","size":2048`: {1024, 2048}} {
+		name := `json:{"driver":"qcow2","file":{` + node + `,"file":{"driver":"file","filename":"/a"}}}`
+		src, err = parseName(name)
+		if err != nil || !src.part || [2]int64{src.begin, src.length} != want || src.url.Path != "/a" || src.format != "qcow2" || src.name != name {
+			t.Errorf("%s: %+v, %v", name, src, err)
 		}
 	}
 }

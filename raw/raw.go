@@ -83,16 +83,14 @@ func window(params []image.Param, total int64) (offset, size int64, err error) {
 		}
 		*to = int64(min(n, math.MaxInt64))
 	}
-	switch {
-	case offset > total:
-		return 0, 0, fmt.Errorf("Offset (%d) cannot be greater than size of the containing file (%d)", offset, total)
-	case size < 0:
-		// QEMU shows whole sectors; those that end past the store read as zeros there.
-		return offset, roundUp(total - offset), nil
-	case size%sector != 0:
+	if size >= 0 && size%sector != 0 && offset <= total {
 		return 0, 0, fmt.Errorf("Specified size is not multiple of %d", sector)
-	case size > total-offset:
-		return 0, 0, fmt.Errorf("The sum of offset (%d) and size (%d) has to be smaller or equal to the  actual size of the containing file (%d)", offset, size, total)
+	}
+	if err := storage.CheckSection(total, offset, size); err != nil {
+		return 0, 0, err
+	}
+	if size < 0 { // QEMU shows whole sectors; those that end past the store read as zeros there.
+		size = roundUp(total - offset)
 	}
 	return offset, size, nil
 }

@@ -1,0 +1,61 @@
+package storage_test
+
+import (
+	"bytes"
+	"testing"
+
+	"github.com/imgnbd/imgnbd/storage"
+	"github.com/imgnbd/imgnbd/storage/storagetest"
+)
+
+// A section keeps the contract of a store, and nothing around it changes.
+func TestSection(t *testing.T) {
+	const before, after = 100_000, 70_000
+	for name, open := range map[string]bool{"Section": false, "OpenEnd": true} {
+		t.Run(name, func(t *testing.T) {
+			around := func(m *storagetest.Mem, begin, n int64) (storage.Store, error) {
+				if open {
+					n = -1
+				}
+				return storage.Section(m, begin, n)
+			}
+			storagetest.Run(t, storagetest.Target{
+				New: func(t testing.TB, size int64) storage.Store {
+					content := bytes.Repeat([]byte{0xee}, int(before+size+after))
+					if open {
+						content = content[:before+size]
+					}
+					m := storagetest.MemOf(content)
+					s, err := around(m, before, size)
+					if err != nil {
+						t.Fatal(err)
+					}
+					t.Cleanup(func() {
+						now := m.Bytes()
+						if !bytes.Equal(now[:before], content[:before]) {
+							t.Error("what is before the section changed")
+						}
+						if !open && !bytes.Equal(now[before+size:], content[before+size:]) {
+							t.Error("what is behind the section changed")
+						}
+					})
+					return s
+				},
+				NewReadOnly: func(t testing.TB, content []byte) storage.Store {
+					all := append(make([]byte, before), content...)
+					s, err := around(storagetest.MemOf(all, storagetest.ReadOnly), before, int64(len(content)))
+					if err != nil {
+						t.Fatal(err)
+					}
+					return s
+				},
+			})
+		})
+	}
+	m := storagetest.NewMem(100)
+	for _, r := range [][2]int64{{-1, 10}, {101, -1}, {50, 51}, {101, 0}} {
+		if _, err := storage.Section(m, r[0], r[1]); err == nil {
+			t.Errorf("%d bytes from %d on of 100", r[1], r[0])
+		}
+	}
+}
