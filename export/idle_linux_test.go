@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 	"unsafe"
+	"weak"
 
 	"golang.org/x/sys/unix"
 
@@ -47,6 +48,18 @@ func (s *server) waiting() *session {
 	}
 }
 
+// packed returns what tells whether the packer's memory is still there.
+func (s *session) packed() weak.Pointer[byte] {
+	for ; ; runtime.Gosched() {
+		s.out.mu.Lock()
+		if !s.out.busy {
+			defer s.out.mu.Unlock()
+			return weak.Make(unsafe.SliceData(s.out.out.small))
+		}
+		s.out.mu.Unlock()
+	}
+}
+
 // TestIdleMemory: a connection that has waited for a while holds no pages for what it
 // has moved, and goes on as if it had them.
 func TestIdleMemory(t *testing.T) {
@@ -68,6 +81,7 @@ func TestIdleMemory(t *testing.T) {
 				if !ses.trim() || residentPages(t, ses.line.memory.mem) == 0 {
 					t.Fatal("what was just used is not there")
 				}
+				packed := ses.packed()
 				for ses.trim() { // the one who has sent the last reply may not have ended
 					runtime.Gosched()
 				}
@@ -78,6 +92,12 @@ func TestIdleMemory(t *testing.T) {
 				}
 				ses.out.mu.Unlock()
 				ses.line.memory.mu.Unlock()
+				for collected := 0; packed.Value() != nil; collected++ {
+					if collected == 10 {
+						t.Fatal("the memory of the packer is there")
+					}
+					runtime.GC()
+				}
 			}
 		}
 		// A request of which a part has arrived.

@@ -246,7 +246,7 @@ func (s *sender) trim() bool {
 	if s.busy {
 		return false
 	}
-	s.out.small, s.out.store = nil, nil
+	s.out.iov, s.out.store, s.out.small = nil, nil, nil // an empty iov still leads to the others
 	return true
 }
 

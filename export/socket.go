@@ -224,7 +224,9 @@ func (s *socket) write(iov [][]byte, wait bool) ([][]byte, error) {
 	if err == nil {
 		err = s.wr.err
 	}
-	return s.wr.iov, err
+	left := s.wr.iov
+	s.wr.iov = nil // it would keep what was sent from the collector
+	return left, err
 }
 
 // maxIOV is how many pieces one call takes. Up to so many unix.Writev needs no
