@@ -9,8 +9,8 @@ import (
 )
 
 // Section returns the n bytes of s from begin on as a store of fixed size; with
-// n < 0, all of them, however many there will be. It has the identity of s, and
-// closing it closes s, of which it never touches other bytes.
+// n < 0, all of them, however many there will be. Its identity tells it from what
+// begins elsewhere in s. Closing it closes s, of which it never touches other bytes.
 func Section(s Store, begin, n int64) (Store, error) {
 	size, err := s.Size()
 	if err != nil {
@@ -19,7 +19,15 @@ func Section(s Store, begin, n int64) (Store, error) {
 	if err := CheckSection(size, begin, n); err != nil {
 		return nil, err
 	}
-	return &section{s, begin, n}, nil
+	info := s.Info()
+	info.FixedSize = info.FixedSize || n >= 0
+	if begin%int64(info.Alignment) != 0 {
+		info.Alignment = 1
+	}
+	if begin > 0 && info.ID != "" {
+		info.ID += fmt.Sprintf(" from %d", begin)
+	}
+	return &section{s, info, begin, n}, nil
 }
 
 // CheckSection returns an error, in QEMU's words, unless total bytes have n from
@@ -38,18 +46,12 @@ func CheckSection(total, begin, n int64) error {
 
 type section struct {
 	Store
+	info  Info
 	begin int64
 	size  int64 // -1: as far as the store goes
 }
 
-func (s *section) Info() Info {
-	info := s.Store.Info()
-	info.FixedSize = info.FixedSize || s.size >= 0
-	if s.begin%int64(info.Alignment) != 0 {
-		info.Alignment = 1
-	}
-	return info
-}
+func (s *section) Info() Info { return s.info }
 
 // within cuts n bytes at off to those that there are. What lies past the end of
 // the store is for that to find, if the section has no end of its own.
@@ -98,7 +100,7 @@ func (s *section) room(off, n int64) error {
 	switch {
 	case err != nil:
 		return err
-	case s.Store.Info().ReadOnly:
+	case s.info.ReadOnly:
 		return ErrReadOnly
 	case has < n:
 		return syscall.ENOSPC
@@ -140,7 +142,7 @@ func (s *section) Truncate(size int64) error {
 	switch {
 	case size < 0 || s.begin+size < s.begin:
 		return ErrOutOfRange
-	case s.Store.Info().ReadOnly:
+	case s.info.ReadOnly:
 		return ErrReadOnly
 	case s.size < 0:
 		return s.Store.Truncate(s.begin + size)

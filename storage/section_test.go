@@ -59,3 +59,29 @@ func TestSection(t *testing.T) {
 		}
 	}
 }
+
+// Two parts of one file are two images, each with a journal of its own; what begins
+// with the file is that.
+func TestSectionIdentity(t *testing.T) {
+	m := identified{storagetest.NewMem(100)}
+	seen := map[string]int64{}
+	for _, begin := range []int64{0, 10, 50} {
+		s, err := storage.Section(m, begin, 10)
+		if err != nil {
+			t.Fatal(err)
+		}
+		id := s.Info().ID
+		if other, found := seen[id]; found || (id == m.Info().ID) != (begin == 0) {
+			t.Errorf("from %d on it is %q, as from %d", begin, id, other)
+		}
+		seen[id] = begin
+	}
+}
+
+type identified struct{ storage.Store }
+
+func (s identified) Info() storage.Info {
+	info := s.Store.Info()
+	info.ID = "file 1:2 3"
+	return info
+}
