@@ -132,10 +132,10 @@ func (s *section) Discard(off, n int64) error {
 
 func (s *section) Size() (int64, error) {
 	size, err := s.Store.Size()
-	if err == nil && s.size >= 0 {
-		return s.size, nil
+	if size = max(0, size-s.begin); s.size >= 0 {
+		size = min(size, s.size) // less, if somebody has cut the store short
 	}
-	return max(0, size-s.begin), err
+	return size, err
 }
 
 func (s *section) Truncate(size int64) error {

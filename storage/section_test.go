@@ -85,3 +85,20 @@ func (s identified) Info() storage.Info {
 	info.ID = "file 1:2 3"
 	return info
 }
+
+// What somebody cuts off is not there any more.
+func TestSectionCutShort(t *testing.T) {
+	m := storagetest.NewMem(100)
+	s, err := storage.Section(m, 10, 50)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for to, want := range map[int64]int64{100: 50, 60: 50, 40: 30, 5: 0} {
+		if err := m.Truncate(to); err != nil {
+			t.Fatal(err)
+		}
+		if size, err := s.Size(); err != nil || size != want {
+			t.Errorf("of %d bytes %d are there, %v", to, size, err)
+		}
+	}
+}
