@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -91,9 +92,16 @@ type (
 	triesTooHard   struct{ storage.Store } // success without the bytes
 	neverClosed    struct{ storage.Store }
 	unlocked       struct{ storage.Store } // read-modify-write without a lock
-	cuts           struct{ storage.Store } // grows by Truncate to what it believes
 	lazyTruncate   struct{ storage.Store } // old bytes come back
 	silentReadOnly struct{ storage.Store }
+
+	// cuts grows by Truncate to what it believes. It waits until its belief is
+	// wrong, once: that two calls happen to meet is not what a test can rely on.
+	cuts struct {
+		storage.Store
+		written atomic.Int64 // the furthest end of a write
+		done    atomic.Bool
+	}
 )
 
 func (s *lenient) ReadAt(p []byte, off int64) (int, error) { return s.Store.ReadAt(p, max(off, 0)) }
@@ -179,12 +187,27 @@ func (s *unlocked) WriteAt(p []byte, off int64, flags storage.WriteFlags) error 
 	return s.Store.WriteAt(whole[:max(n, int(off-start)+len(p))], start, flags)
 }
 
-func (s *cuts) WriteZeroes(off, n int64, flags storage.WriteFlags) error {
-	if size, _ := s.Size(); off+n > size {
-		runtime.Gosched()
-		return s.Truncate(off + n)
+func (s *cuts) WriteAt(p []byte, off int64, flags storage.WriteFlags) error {
+	err := s.Store.WriteAt(p, off, flags)
+	for end := off + int64(len(p)); ; {
+		if old := s.written.Load(); old >= end || s.written.CompareAndSwap(old, end) {
+			return err
+		}
 	}
-	return s.Store.WriteZeroes(off, n, flags)
+}
+
+func (s *cuts) WriteZeroes(off, n int64, flags storage.WriteFlags) error {
+	size, err := s.Size()
+	if err != nil || off+n <= size {
+		return s.Store.WriteZeroes(off, n, flags)
+	}
+	for s.written.Load() <= off+n && !s.done.Load() {
+		runtime.Gosched()
+	}
+	if s.done.Swap(true) {
+		return s.Store.WriteZeroes(off, n, flags)
+	}
+	return s.Truncate(off + n)
 }
 
 func (s *lazyTruncate) Truncate(size int64) error {
