@@ -66,9 +66,10 @@ type maker struct {
 	made  []source
 }
 
-// open makes a store, or opens the one that is there for being overwritten.
+// open makes a store, or opens the one that is there for being overwritten. A part
+// of a file that is not there cannot be made.
 func (m *maker) open(ctx context.Context, src source) (storage.Store, error) {
-	s, err := m.chain.openStore(ctx, src, storage.Options{Access: storage.WriteGrow, Create: true, Direct: src.direct})
+	s, err := m.chain.openStore(ctx, src, storage.Options{Access: storage.WriteGrow, Create: !src.part, Direct: src.direct})
 	if err != nil {
 		return nil, err
 	}
@@ -176,14 +177,8 @@ func (m *maker) openBeside(ctx context.Context, base, name string, s storage.Sto
 		return nil, &Error{"create", src.name, err}
 	}
 	// Before it is opened: one file cannot be locked twice.
-	if old, err := m.chain.openStore(ctx, src, storage.Options{Share: storage.ShareNoLock}); err == nil {
-		id := identity(old)
-		if err := old.Close(); err != nil {
-			return nil, Wrap("create", src.name, err)
-		}
-		if id == identity(s) {
-			return nil, &Error{"create", src.name, errors.New("it is the image itself")}
-		}
+	if id := m.chain.identify(ctx, src); id != "" && id == identity(s) {
+		return nil, &Error{"create", src.name, errors.New("it is the image itself")}
 	}
 	below, err := m.open(ctx, src)
 	return below, Wrap("create", src.name, err)

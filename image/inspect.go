@@ -59,7 +59,7 @@ func (c *Chain) Inspect(ctx context.Context, name string, opt OpenOptions) (*Ins
 // an error it returns what it has.
 func (c *Chain) InspectChain(ctx context.Context, name string, opt OpenOptions) ([]*Inspected, error) {
 	var all []*Inspected
-	err := c.walk(ctx, name, opt, func(_ *layer, in *Inspected, _ storage.Store) error {
+	err := c.walk(ctx, name, opt, func(_ *layer, _ source, in *Inspected, _ storage.Store) error {
 		all = append(all, in)
 		return nil
 	})
@@ -67,44 +67,46 @@ func (c *Chain) InspectChain(ctx context.Context, name string, opt OpenOptions) 
 }
 
 // Uses looks for files among an image, those below it and the data files of all of
-// these. It returns the first that it finds and its name there, which may be
-// another; "" if it finds none. On an error it has not looked at everything.
-// A file that cannot be opened for reading is not found.
+// these, and those of which any is a part. It returns the first that it finds and
+// its name there, which may be another; "" if it finds none. On an error it has not
+// looked at everything. A file that cannot be opened for reading is not found.
 func (c *Chain) Uses(ctx context.Context, name string, opt OpenOptions, files ...string) (file, as string, err error) {
 	ids := make(map[string]string)
 	for _, f := range files {
-		if id := c.identify(ctx, f); id != "" {
-			ids[id] = f
+		if src, err := parseName(f); err == nil {
+			ids[c.identify(ctx, src)] = f
 		}
 	}
-	if file := ids[c.identify(ctx, name)]; file != "" {
-		return file, name, nil // be it an image or not
-	}
-	look := func(id, name string) {
-		if f := ids[id]; f != "" && file == "" {
+	delete(ids, "")
+	look := func(src source, name string) {
+		if f := ids[c.identify(ctx, src)]; f != "" && file == "" {
 			file, as = f, name
 		}
 	}
-	err = c.walk(ctx, name, opt, func(l *layer, in *Inspected, s storage.Store) error {
-		look(l.id, in.Name)
+	if src, err := parseName(name); err == nil {
+		look(src, name) // be it an image or not
+	}
+	if file != "" {
+		return file, as, nil
+	}
+	err = c.walk(ctx, name, opt, func(l *layer, src source, in *Inspected, s storage.Store) error {
+		look(src, in.Name)
 		if in.DataFile == "" {
 			return nil
 		}
-		data, _, _, err := l.admit(ctx, Reference{Name: in.DataFile, From: s}, false)
+		_, data, _, err := l.admit(ctx, Reference{Name: in.DataFile, From: s}, false)
 		if err == nil {
-			look(data.id, data.name)
+			look(data, data.name)
 		}
 		return err
 	})
 	return file, as, err
 }
 
-// identify returns the identity of a file, "" if it cannot be opened.
-func (c *Chain) identify(ctx context.Context, name string) string {
-	src, err := parseName(name)
-	if err != nil {
-		return ""
-	}
+// identify returns the identity of the file in which src lies, "" if it cannot be
+// opened.
+func (c *Chain) identify(ctx context.Context, src source) string {
+	src.part = false
 	s, err := c.openStore(ctx, src, storage.Options{Share: storage.ShareNoLock})
 	if err != nil {
 		return ""
@@ -115,7 +117,7 @@ func (c *Chain) identify(ctx context.Context, name string) string {
 
 // walk inspects an image and all images below it, the first first, and visits
 // each while it is open.
-func (c *Chain) walk(ctx context.Context, name string, opt OpenOptions, visit func(*layer, *Inspected, storage.Store) error) error {
+func (c *Chain) walk(ctx context.Context, name string, opt OpenOptions, visit func(*layer, source, *Inspected, storage.Store) error) error {
 	src, err := c.parse(name)
 	if err != nil {
 		return &Error{"open", name, err}
@@ -129,7 +131,7 @@ func (c *Chain) walk(ctx context.Context, name string, opt OpenOptions, visit fu
 		below, belowSrc := (*layer)(nil), source{}
 		_, err := l.inspect(ctx, src, opt, func(in *Inspected, s storage.Store) error {
 			l.id = identity(s)
-			if err := visit(l, in, s); err != nil || in.BackingName == "" {
+			if err := visit(l, src, in, s); err != nil || in.BackingName == "" {
 				return err
 			}
 			var f *Format

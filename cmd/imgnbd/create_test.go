@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -173,6 +174,21 @@ func TestCreateSpares(t *testing.T) {
 	}
 	const base = `json:{"driver":"qcow2","l2-cache-size":65536,"file.filename":"base.qcow2"}`
 	qemu.Img(t, "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", "over.qcow2")
+	// An archive, of which the image is a part.
+	if err := os.WriteFile("archive", slices.Concat(make([]byte, 1<<16), before), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Symlink("archive", "linkarchive"), os.Link("archive", "hardarchive")); err != nil {
+		t.Fatal(err)
+	}
+	const part = `json:{"driver":"qcow2","file.driver":"raw","file.offset":65536,"file.file.filename":"archive"}`
+	const farPart = `json:{"driver":"qcow2","file.driver":"raw","file.offset":1048576,"file.file.filename":"archive"}`
+	qemu.Img(t, "create", "-q", "-f", "qcow2", "-b", part, "-F", "qcow2", "overpart.qcow2")
+	qemu.Img(t, "create", "-q", "-f", "qcow2", "-b", "overpart.qcow2", "-F", "qcow2", "overover.qcow2")
+	archive, err := os.ReadFile("archive")
+	if err != nil {
+		t.Fatal(err)
+	}
 	data, err := os.Stat("data.raw")
 	if err != nil {
 		t.Fatal(err)
@@ -191,6 +207,18 @@ func TestCreateSpares(t *testing.T) {
 		{"-u", "-b", "link", "-F", "raw", "base.qcow2", "1M"},
 		{"-u", "-b", "base.qcow2", "-F", "raw", "-o", "data_file=./base.qcow2", "new", "1M"},
 		{"-u", "-b", "over.qcow2", "-F", "qcow2", "base.qcow2", "1M"},
+		{"-b", part, "-F", "qcow2", "archive"},
+		{"-b", part, "-F", "qcow2", "linkarchive"},
+		{"-b", part, "-F", "qcow2", "hardarchive"},
+		{"-b", part, "-F", "qcow2", "-o", "data_file=archive", "new"},
+		{"-u", "-b", part, "-F", "qcow2", "./archive", "1M"},
+		{"-u", "-b", farPart, "-F", "qcow2", "archive", "1M"},
+		{"-b", "overpart.qcow2", "-F", "qcow2", "archive"},
+		{"-b", "overover.qcow2", "-F", "qcow2", "file:linkarchive"},
+		{"-u", "-b", "overover.qcow2", "-F", "qcow2", "archive", "1M"},
+		{"-b", "base.qcow2", "-F", "qcow2", "-o", "data_file=" + strings.ReplaceAll(part, ",", ",,"), "archive"},
+		{"-o", "data_file=" + strings.ReplaceAll(`json:{"driver":"raw","file.driver":"raw","file.offset":65536,"file.file.filename":"archive"}`, ",", ",,"), "archive", "1M"},
+		{"-o", "data_file=" + strings.ReplaceAll(`json:{"driver":"raw","file.driver":"raw","file.file.filename":"newdata"}`, ",", ",,"), "new", "1M"},
 		{base, "1M"},
 		{"-b", "nope", "-F", "raw", base},
 		{"-o", "data_file=link", "base.qcow2", "1M"},
@@ -206,6 +234,12 @@ func TestCreateSpares(t *testing.T) {
 		after, err := os.ReadFile("base.qcow2")
 		if err != nil {
 			t.Fatal(err)
+		}
+		if now, err := os.ReadFile("archive"); err != nil || string(now) != string(archive) {
+			t.Fatalf("%q: the archive was written to, %v\n%s", args, err, got.Stderr)
+		}
+		if _, err := os.Stat("newdata"); err == nil {
+			t.Errorf("%q: made newdata\n%s", args, got.Stderr)
 		}
 		if _, err := os.Stat("new"); got.Code != 1 || string(after) != string(before) || err == nil {
 			t.Errorf("%q: exit status %d, changed: %t, made: %t\n%s", args, got.Code, string(after) != string(before), err == nil, got.Stderr)
