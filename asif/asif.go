@@ -24,8 +24,8 @@ func Format() image.Format {
 // Open opens an image, which has to be asked for read-only. It takes ownership
 // of s if it succeeds.
 func Open(s storage.Store, opt image.Options) (*Disk, error) {
-	for _, p := range opt.Params {
-		return nil, fmt.Errorf("asif: unknown option %s", p.Key)
+	if err := refuse(opt.Params); err != nil {
+		return nil, err
 	}
 	if !opt.ReadOnly {
 		return nil, &image.Hint{
@@ -59,7 +59,18 @@ func Open(s storage.Store, opt image.Options) (*Disk, error) {
 	return d, nil
 }
 
-func inspect(_ context.Context, s storage.Store) (*image.Inspection, error) {
+// refuse returns an error if there are parameters: the format has none.
+func refuse(params []image.Param) error {
+	for _, p := range params {
+		return fmt.Errorf("asif: unknown option %s", p.Key)
+	}
+	return nil
+}
+
+func inspect(_ context.Context, s storage.Store, params []image.Param) (*image.Inspection, error) {
+	if err := refuse(params); err != nil {
+		return nil, err
+	}
 	h, err := readHeader(s)
 	if err != nil {
 		return nil, err

@@ -180,7 +180,17 @@ func (c *Chain) recognise(s storage.Store) (f *Format, guessed bool, err error) 
 	return f, true, nil
 }
 
+// openStore opens what src means.
 func (c *Chain) openStore(ctx context.Context, src source, opt storage.Options) (storage.Store, error) {
+	s, err := c.openFile(ctx, src, opt)
+	if err != nil {
+		return nil, err
+	}
+	return src.within(s)
+}
+
+// openFile opens the whole file in which src lies.
+func (c *Chain) openFile(ctx context.Context, src source, opt storage.Options) (storage.Store, error) {
 	i := slices.IndexFunc(c.Protocols, func(p storage.Protocol) bool { return p.Name == src.url.Scheme })
 	if i < 0 {
 		return nil, fmt.Errorf("Unknown protocol '%s'", src.url.Scheme) // QEMU's words
@@ -188,15 +198,7 @@ func (c *Chain) openStore(ctx context.Context, src source, opt storage.Options) 
 	if src.noLock {
 		opt.Share = storage.ShareNoLock
 	}
-	s, err := c.Protocols[i].Open(ctx, src.url, opt)
-	if err != nil || !src.part {
-		return s, err
-	}
-	part, err := storage.Section(s, src.begin, src.length)
-	if err != nil {
-		return nil, errors.Join(err, s.Close())
-	}
-	return part, nil
+	return c.Protocols[i].Open(ctx, src.url, opt)
 }
 
 func (c *Chain) warn(format string, args ...any) {

@@ -69,7 +69,7 @@ func readToy(s storage.Store) (map[string]string, error) {
 	return keys, sc.Err()
 }
 
-func inspectToy(_ context.Context, s storage.Store) (*image.Inspection, error) {
+func inspectToy(_ context.Context, s storage.Store, _ []image.Param) (*image.Inspection, error) {
 	keys, err := readToy(s)
 	if err != nil {
 		return nil, err

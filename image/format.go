@@ -26,8 +26,9 @@ type Format struct {
 	Open func(ctx context.Context, s storage.Store, opt Options) (Device, error)
 
 	// Inspect reads what `info` shows, without opening what the image names,
-	// and also of an image that Open would refuse. s stays the caller's.
-	Inspect func(ctx context.Context, s storage.Store) (*Inspection, error)
+	// and also of an image that Open would refuse, but not with params that it
+	// would refuse. s stays the caller's.
+	Inspect func(ctx context.Context, s storage.Store, params []Param) (*Inspection, error)
 
 	// Check verifies the structure of an image, and repairs it, without opening
 	// what the image names, and also where Open would refuse it. An error means

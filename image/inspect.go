@@ -34,7 +34,7 @@ type Inspected struct {
 	*Inspection
 	Name     string // the image, as it is shown to people
 	Backing  string // what BackingName means, seen from Name; "" if there is none
-	DiskSize int64  // bytes that the image takes on its host; -1 if unknown
+	DiskSize int64  // bytes that its file takes on its host, also if it is a part; -1 if unknown
 }
 
 // Inspect tells what an image says about itself. It opens nothing that the
@@ -106,8 +106,7 @@ func (c *Chain) Uses(ctx context.Context, name string, opt OpenOptions, files ..
 // identify returns the identity of the file in which src lies, "" if it cannot be
 // opened.
 func (c *Chain) identify(ctx context.Context, src source) string {
-	src.part = false
-	s, err := c.openStore(ctx, src, storage.Options{Share: storage.ShareNoLock})
+	s, err := c.openFile(ctx, src, storage.Options{Share: storage.ShareNoLock})
 	if err != nil {
 		return ""
 	}
@@ -174,18 +173,22 @@ func (l *layer) inspect(ctx context.Context, src source, opt OpenOptions, with f
 	if f.ShareWrite && !opt.NoLock {
 		so.Share = storage.ShareWrite // a writer changes nothing that is told here
 	}
-	s, err := l.chain.openStore(ctx, src, so)
+	s, err := l.chain.openFile(ctx, src, so)
 	if err != nil {
 		return nil, err
 	}
+	size := diskSize(s)
+	if s, err = src.within(s); err != nil {
+		return nil, err
+	}
 	defer func() { err = errors.Join(err, s.Close()) }()
-	found, err := f.Inspect(ctx, s)
+	found, err := f.Inspect(ctx, s, src.params)
 	if err != nil {
 		return nil, err
 	}
 	l.name = src.name
 	l.missed(s, f)
-	in = &Inspected{Inspection: found, Name: src.name, DiskSize: diskSize(s)}
+	in = &Inspected{Inspection: found, Name: src.name, DiskSize: size}
 	if found.BackingName != "" {
 		in.Backing = combine(src.name, found.BackingName)
 	}

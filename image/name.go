@@ -31,6 +31,18 @@ type source struct {
 	begin, length int64 // length < 0: all
 }
 
+// within returns what src means of the file s, which it takes.
+func (src *source) within(s storage.Store) (storage.Store, error) {
+	if !src.part {
+		return s, nil
+	}
+	part, err := storage.Section(s, src.begin, src.length)
+	if err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	return part, nil
+}
+
 // plain returns an error unless src means a file as it is, as it has to where no
 // format is opened over it.
 func (src *source) plain() error {

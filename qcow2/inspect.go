@@ -58,7 +58,10 @@ type KeySlot struct {
 }
 
 // inspect reads what can be read, and says why Open would refuse the rest.
-func inspect(_ context.Context, s storage.Store) (*image.Inspection, error) {
+func inspect(_ context.Context, s storage.Store, params []image.Param) (*image.Inspection, error) {
+	if _, err := parseOptions(params); err != nil {
+		return nil, err
+	}
 	h, err := readHeader(s)
 	if h == nil {
 		if errors.Is(err, image.ErrCorrupt) || errors.Is(err, errors.ErrUnsupported) {

@@ -62,7 +62,7 @@ func compareInspection(t *testing.T, file string) *image.Inspection {
 	if err := json.Compact(&data, want.Specific.Data); err != nil {
 		t.Fatal(err)
 	}
-	in, err := Format().Inspect(context.Background(), openStore(t, file))
+	in, err := Format().Inspect(context.Background(), openStore(t, file), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -151,15 +151,15 @@ func createEncrypted(t *testing.T, file, options string) {
 func TestInspectRefused(t *testing.T) {
 	b := mustEncode(t, testHeader())
 	b[72] = 0x80 // a feature that nobody knows
-	in, err := Format().Inspect(context.Background(), storagetest.MemOf(b))
+	in, err := Format().Inspect(context.Background(), storagetest.MemOf(b), nil)
 	if err != nil || in.VirtualSize != 1<<30 || in.BackingName != "base.qcow2" || !errors.Is(in.Problem, errors.ErrUnsupported) {
 		t.Errorf("got %+v, %v", in, err)
 	}
-	in, err = Format().Inspect(context.Background(), storagetest.MemOf(b[:60]))
+	in, err = Format().Inspect(context.Background(), storagetest.MemOf(b[:60]), nil)
 	if err != nil || !errors.Is(in.Problem, image.ErrCorrupt) {
 		t.Errorf("got %+v, %v", in, err)
 	}
-	if _, err = Format().Inspect(context.Background(), storagetest.MemOf([]byte("something else"))); !errors.Is(err, image.ErrWrongFormat) {
+	if _, err = Format().Inspect(context.Background(), storagetest.MemOf([]byte("something else")), nil); !errors.Is(err, image.ErrWrongFormat) {
 		t.Errorf("got %v", err)
 	}
 }

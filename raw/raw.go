@@ -95,12 +95,12 @@ func window(params []image.Param, total int64) (offset, size int64, err error) {
 	return offset, size, nil
 }
 
-func inspect(_ context.Context, s storage.Store) (*image.Inspection, error) {
-	size, err := s.Size()
+func inspect(_ context.Context, s storage.Store, params []image.Param) (*image.Inspection, error) {
+	d, err := Open(s, image.Options{ReadOnly: true, Params: params})
 	if err != nil {
 		return nil, err
 	}
-	return &image.Inspection{Format: "raw", VirtualSize: roundUp(size)}, nil
+	return &image.Inspection{Format: "raw", VirtualSize: d.info.Size}, nil
 }
 
 // A Disk is a store seen as a disk. Everything is passed to the store, which

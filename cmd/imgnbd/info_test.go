@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/binary"
 	"os"
+	"regexp"
 	"strings"
 	"testing"
 	"unicode"
@@ -119,6 +120,52 @@ func TestInfoSameAsQEMUImg(t *testing.T) {
 	sameAsImg(t, "info", "-f", "qcow2", "disk.raw")
 	sameAsImg(t, "info", "--image-opts", "driver=qcow2,file.filename=overlay.qcow2")
 	sameAsImg(t, "info", "--output=json", "--image-opts", "driver=qcow2,file.filename=base.qcow2")
+}
+
+// Of a part of a file info prints what qemu-img does, but for the name: the size
+// of the disk is that of the part, what it takes that of the file.
+func TestInfoOfPart(t *testing.T) {
+	workplace(t)
+	qemu.Img(t, "create", "-q", "-f", "qcow2", "-o", "preallocation=full", "inner.qcow2", "1M")
+	inner, err := os.ReadFile("inner.qcow2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Create("archive")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := f.Truncate(8 << 20); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt(inner, 4<<20); err != nil {
+		t.Fatal(err)
+	}
+	named := regexp.MustCompile(`(?m)^(image:|    "filename":) .*\n`)
+	for _, name := range []string{
+		`json:{"driver":"qcow2","file":{"driver":"raw","offset":4194304,"file":{"driver":"file","filename":"archive"}}}`,
+		`json:{"driver":"raw","file":{"driver":"raw","offset":4194304,"size":1048576,"file":{"driver":"file","filename":"archive"}}}`,
+		`json:{"driver":"raw","offset":4194304,"size":1048576,"file":{"driver":"file","filename":"archive"}}`,
+		`json:{"driver":"raw","offset":16777216,"file":{"driver":"file","filename":"archive"}}`,
+		`json:{"driver":"raw","offst":4194304,"file":{"driver":"file","filename":"archive"}}`,
+		`json:{"driver":"qcow2","offset":4194304,"file":{"driver":"file","filename":"inner.qcow2"}}`,
+		`json:{"driver":"qcow2","l2-cache-size":"2M","cache-size":"1M","file":{"driver":"file","filename":"inner.qcow2"}}`,
+	} {
+		for _, output := range []string{"human", "json"} {
+			args := []string{"info", "--output=" + output, name}
+			want := theirs(t, append([]string{"qemu-img"}, args...)...)
+			want.Stderr = strings.ReplaceAll(want.Stderr, "qemu-img: ", "imgnbd: ")
+			got := ours(append([]string{"imgnbd"}, args...)...)
+			got.Stderr = hintLine.ReplaceAllString(got.Stderr, "")
+			for _, o := range []*outcome{&want, &got} {
+				o.Stdout = named.ReplaceAllString(o.Stdout, "")
+			}
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("%q, - qemu-img, + ours:\n%s", args, diff)
+			}
+		}
+	}
 }
 
 // check prints what qemu-img prints, and ends with its status.

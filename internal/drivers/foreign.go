@@ -72,7 +72,7 @@ func other(name, what string, probe func(io.ReaderAt) bool, sizes ...func(io.Rea
 		}
 		return nil, refuse
 	}
-	f.Inspect = func(_ context.Context, s storage.Store) (*image.Inspection, error) {
+	f.Inspect = func(_ context.Context, s storage.Store, _ []image.Param) (*image.Inspection, error) {
 		if err := confirm(s); err != nil {
 			return nil, err
 		}
