@@ -1,13 +1,16 @@
 package connect
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -41,16 +44,39 @@ type record struct {
 	f    *os.File
 }
 
-// write writes it over what is there. Who reads meanwhile finds either.
+// write writes it over what is there. On an error the file holds either.
 func (r *record) write() error {
-	text, err := json.Marshal(r.Record)
+	line, err := json.Marshal(r.Record)
 	if err != nil {
 		return err
 	}
-	if _, err = r.f.WriteAt(append(text, '\n'), 0); err != nil {
+	st, err := r.f.Stat()
+	if err != nil {
 		return err
 	}
-	return r.f.Truncate(int64(len(text)) + 1)
+	return overwrite(r.f, st.Size(), append(line, '\n'))
+}
+
+// overwrite has f, of that many bytes, hold a line in place of what is there. Who
+// reads it meanwhile, or after an end in the midst of it, finds either, see
+// parseRecord. If there is no room for it, f is as it was.
+func overwrite(f interface {
+	io.WriterAt
+	Truncate(size int64) error
+}, size int64, line []byte) error {
+	// A copy comes first, beyond both.
+	beyond := append(bytes.Repeat([]byte{' '}, max(0, len(line)-int(size))), '\n')
+	if _, err := f.WriteAt(append(beyond, line...), size); err != nil {
+		err = errors.Join(err, f.Truncate(size))
+		// In memory that is there no room is needed, and an end comes between pages.
+		if page := int64(os.Getpagesize()); int64(len(line)) > (size+page-1)/page*page {
+			return err
+		}
+	}
+	if _, err := f.WriteAt(line, 0); err != nil {
+		return err
+	}
+	return f.Truncate(int64(len(line)))
 }
 
 func (h *host) recordPath(index int) string { return filepath.Join(h.run, name(index)+".json") }
@@ -94,8 +120,30 @@ func (h *host) newRecord(ctx context.Context, index int, r Record) (*record, err
 }
 
 func readRecord(f *os.File) (r Record, err error) {
-	err = json.NewDecoder(f).Decode(&r)
-	return r, err
+	var text []byte
+	for room := 16 << 10; ; room *= 4 { // in one piece, or it could be of several
+		text = make([]byte, room)
+		n, err := f.ReadAt(text, 0)
+		if errors.Is(err, io.EOF) {
+			return parseRecord(text[:n])
+		}
+		if err != nil {
+			return r, err
+		}
+	}
+}
+
+// parseRecord returns the last line that is whole: others are being overwritten.
+func parseRecord(text []byte) (Record, error) {
+	lines := bytes.Split(bytes.TrimRight(text, "\n"), []byte{'\n'})
+	var err error
+	for _, line := range slices.Backward(lines) {
+		var r Record
+		if err = json.Unmarshal(line, &r); err == nil {
+			return r, nil
+		}
+	}
+	return Record{}, err
 }
 
 func (r *record) close() error { return errors.Join(removeRecord(r.path), r.f.Close()) }
