@@ -29,8 +29,7 @@ func (p *Predecessor) Adopt(ctx context.Context, opt Options) (*Attachment, erro
 	if a.lines, err = p.host.watch(conns); err != nil {
 		return nil, err
 	}
-	p.record.Away = false
-	if err := p.record.write(); err != nil {
+	if err := p.record.update(func(r *Record) { r.Away = false }); err != nil {
 		a.lines.close()
 		return nil, err
 	}

@@ -74,6 +74,11 @@ type Options struct {
 	// calls Release. nil: what is under way then waits for another server.
 	Guard func(Ward) error
 
+	// Follow is told what notes that answered writes may be lost, see
+	// [Attachment.Spoil], before the device has a record by which another server
+	// could take it over from this one. nil: nobody wants to note that.
+	Follow func(spoil func(why string) error)
+
 	Log *slog.Logger // what Attach and Tend have to say; nil: nowhere
 
 	// MaxPart is the parameter max_part of the module nbd, should it have to
@@ -209,7 +214,7 @@ func (h *host) attach(ctx context.Context, opt Options) (_ *Attachment, err erro
 	if a.record, err = h.newRecord(ctx, a.index, Record{
 		Backend: a.backend, PID: os.Getpid(), Image: opt.Image, Partition: opt.Partition, Server: opt.Server, Connections: len(conns),
 		Identity: opt.Identity.with(c.properties()), Direct: opt.Server != "" && !a.relays.used,
-	}); err != nil {
+	}, opt.Follow); err != nil {
 		return nil, err
 	}
 	if opt.Server != "" {

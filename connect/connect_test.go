@@ -399,7 +399,7 @@ func TestRecord(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 	defer cancel()
-	if _, err := h.newRecord(ctx, 0, Record{}); !errors.Is(err, context.DeadlineExceeded) {
+	if _, err := h.newRecord(ctx, 0, Record{}, nil); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("a record of a server that is there: %v", err)
 	}
 	next, waited := make(chan error, 1), make(chan error, 1)

@@ -127,12 +127,9 @@ func (a *Attachment) stopListening() error {
 	return err
 }
 
-// Spoil notes why what was answered may be lost, from now on: nobody can take the
-// device over any more. It is not called during HandOver and Keep.
-func (a *Attachment) Spoil(why string) error {
-	a.record.Volatile = why
-	return a.record.write()
-}
+// Spoil notes why what was answered may be lost, for good: nobody can take the
+// device over any more. It may be called at any time, by any goroutine.
+func (a *Attachment) Spoil(why string) error { return a.record.spoil(why) }
 
 // HandOver gives the device to a successor: the server's ends of its
 // connections, at which nobody may do anything until this returns, and the
@@ -144,8 +141,7 @@ func (a *Attachment) Spoil(why string) error {
 func (a *Attachment) HandOver(s *Successor, conns []Handed, locks []HeldLock, before func()) (taken bool, err error) {
 	defer s.Close()
 	// Should both ends die now, there is no journal to be found, and need not be.
-	a.record.Journal, a.record.Volatile = "", ""
-	err = a.record.write()
+	err = a.record.update(func(r *Record) { r.Journal, r.Volatile = "", "" })
 	if err == nil {
 		err = s.conn.SetDeadline(time.Now().Add(handoverTime))
 	}
@@ -199,8 +195,7 @@ func (a *Attachment) Keep(ctx context.Context, i Identity) error {
 	if err != nil {
 		return err
 	}
-	a.record.Identity = i.with(c.properties())
-	return a.record.write()
+	return a.record.update(func(r *Record) { r.Identity = i.with(c.properties()) })
 }
 
 func (a *Attachment) send(to *net.UnixConn, conns []Handed, locks []HeldLock) error {
@@ -240,7 +235,7 @@ func (h *host) livePredecessor(index int, r Record) (*Predecessor, error) {
 	if _, err := os.Stat(h.controlPath(index)); err != nil {
 		return nil, fmt.Errorf("%s: process %d cannot be asked to hand it over: %w", h.path(index), r.PID, err)
 	}
-	return &Predecessor{host: h, index: index, record: &record{r, h.recordPath(index), nil}, lives: true}, nil
+	return &Predecessor{host: h, index: index, record: &record{Record: r, path: h.recordPath(index)}, lives: true}, nil
 }
 
 // Lives reports whether the server lives, and is to hand the device over.
@@ -335,11 +330,7 @@ func (p *Predecessor) succeed(ctx context.Context, a *Attachment) (*Attachment, 
 	if err != nil {
 		return nil, err
 	}
-	r := p.record.Record
-	p.record.PID, p.record.Image, p.record.Partition = os.Getpid(), a.opt.Image, a.opt.Partition
-	p.record.Identity = a.opt.Identity.with(c.properties())
 	if err := a.guard(); err != nil {
-		p.record.Record = r
 		return nil, err
 	}
 	if err := p.control.SetDeadline(time.Now().Add(handoverTime)); err != nil {
@@ -349,8 +340,7 @@ func (p *Predecessor) succeed(ctx context.Context, a *Attachment) (*Attachment, 
 		err = expect(p.control, "go\n")
 	}
 	if err != nil {
-		p.record.Record = r
-		return nil, fmt.Errorf("%s: process %d: %w", p.Path(), r.PID, err)
+		return nil, fmt.Errorf("%s: process %d: %w", p.Path(), p.record.PID, err)
 	}
 	p.letGoAll()
 	a.handed, p.handed = p.handed, nil
@@ -358,7 +348,7 @@ func (p *Predecessor) succeed(ctx context.Context, a *Attachment) (*Attachment, 
 	if err := a.listen(); err != nil {
 		return nil, err
 	}
-	if err := p.record.write(); err != nil {
+	if err := a.note(c); err != nil {
 		return nil, errors.Join(err, a.stopListening())
 	}
 	return a, nil

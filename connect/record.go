@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -39,13 +40,45 @@ const backendPrefix = "imgnbd:"
 
 // A record is the locked file.
 type record struct {
+	mu sync.Mutex // to write it, and to change what is written
 	Record
+	lost string // why what was answered may be lost, whatever else is noted; "": it is not
+
 	path string
 	f    *os.File
 }
 
-// write writes it over what is there. On an error the file holds either.
+// update writes it as changed. On an error the file holds either.
+func (r *record) update(change func(*Record)) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	change(&r.Record)
+	return r.write()
+}
+
+// spoil notes why what was answered may be lost, for good. Nobody needs to know
+// once the record is closed.
+func (r *record) spoil(why string) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.lost = why
+	if err := r.write(); !errors.Is(err, os.ErrClosed) {
+		return err
+	}
+	return nil
+}
+
+// identity returns what is noted of the image.
+func (r *record) identity() Identity {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.Identity
+}
+
 func (r *record) write() error {
+	if r.lost != "" {
+		r.Volatile = r.lost
+	}
 	line, err := json.Marshal(r.Record)
 	if err != nil {
 		return err
@@ -91,8 +124,8 @@ func (h *host) makeRun() error {
 }
 
 // newRecord waits for the server that had the device before, which may still
-// be writing to its image.
-func (h *host) newRecord(ctx context.Context, index int, r Record) (*record, error) {
+// be writing to its image. follow, unless nil, is that of Options.
+func (h *host) newRecord(ctx context.Context, index int, r Record, follow func(spoil func(string) error)) (*record, error) {
 	if err := h.makeRun(); err != nil {
 		return nil, err
 	}
@@ -111,8 +144,11 @@ func (h *host) newRecord(ctx context.Context, index int, r Record) (*record, err
 			f.Close()
 			continue
 		}
-		rec := &record{r, path, f}
-		if err := rec.write(); err != nil {
+		rec := &record{Record: r, path: path, f: f}
+		if follow != nil {
+			follow(rec.spoil)
+		}
+		if err := rec.update(func(*Record) {}); err != nil {
 			return nil, errors.Join(err, rec.close())
 		}
 		return rec, nil

@@ -114,7 +114,7 @@ func (h *host) findPredecessor(ctx context.Context, device, server string, live 
 			// Nobody else writes to it now.
 			var r Record
 			if r, err = readRecord(f); err == nil && r.Backend == s.Backend {
-				return &Predecessor{host: h, index: index, record: &record{r, s.path, f}}, nil
+				return &Predecessor{host: h, index: index, record: &record{Record: r, path: s.path, f: f}}, nil
 			}
 		}
 		lives := errors.Is(err, syscall.EWOULDBLOCK) && alive(f)
@@ -139,7 +139,7 @@ func (p *Predecessor) Path() string { return p.host.path(p.index) }
 func (p *Predecessor) Image() string { return p.record.Image + p.record.Server }
 
 // Identity returns what the dead server has noted.
-func (p *Predecessor) Identity() Identity { return p.record.Identity }
+func (p *Predecessor) Identity() Identity { return p.record.identity() }
 
 // Connections returns how many the dead server had.
 func (p *Predecessor) Connections() int { return p.record.Connections }
@@ -220,6 +220,9 @@ func orNone(s string) string {
 	return s
 }
 
+// Spoil is that of an Attachment, for the device of a server that has died.
+func (p *Predecessor) Spoil(why string) error { return p.record.spoil(why) }
+
 // GiveUp has the device fail, since nobody can have what its server had
 // answered. It returns why, which is an ErrGivenUp.
 func (p *Predecessor) GiveUp(why string) error {
@@ -281,15 +284,24 @@ func (p *Predecessor) attachment(opt Options) *Attachment {
 // guardian looks after what it may leave under way. What it will answer may
 // depend on another journal than before, or on none: that is noted first.
 func (a *Attachment) become(c *config) error {
-	a.record.PID, a.record.Image, a.record.Partition = os.Getpid(), a.opt.Image, a.opt.Partition
-	a.record.Identity = a.opt.Identity.with(c.properties())
 	if err := a.guard(); err != nil {
 		return err
 	}
-	if err := a.record.write(); err != nil {
+	if err := a.note(c); err != nil {
 		return err
 	}
 	return a.bePatient()
+}
+
+// note makes the record that of this process, and of what it offers.
+func (a *Attachment) note(c *config) error {
+	if a.opt.Follow != nil {
+		a.opt.Follow(a.Spoil)
+	}
+	return a.record.update(func(r *Record) {
+		r.PID, r.Image, r.Partition = os.Getpid(), a.opt.Image, a.opt.Partition
+		r.Identity = a.opt.Identity.with(c.properties())
+	})
 }
 
 // connectAnew negotiates and hands the kernel the connections that it lacks. The

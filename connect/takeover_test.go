@@ -238,6 +238,100 @@ func TestSpoil(t *testing.T) {
 	}
 }
 
+// The record says so from the moment at which what was answered may be lost, also
+// while the device is being attached or taken over, and whatever else is noted later.
+func TestSpoilEarly(t *testing.T) {
+	const why = "a sync has failed"
+	noted := func(t *testing.T, h *host) bool {
+		f, err := os.Open(h.recordPath(1))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		r, err := readRecord(f)
+		return err == nil && r.Backend == h.backend(1) && r.Volatile == why
+	}
+	spoiled := func(t *testing.T, h *host, spoil func(string) error) {
+		t.Helper()
+		if err := spoil(why); err != nil {
+			t.Error(err)
+		}
+		if !noted(t, h) {
+			t.Error("it is not noted")
+		}
+	}
+	t.Run("before there is a record", func(t *testing.T) {
+		h, _ := newFake(t)
+		opt := offer("/dev/nbd1", disk)
+		opt.Follow = func(spoil func(string) error) { spoiled(t, h, spoil) }
+		a := attach(t, h, opt)
+		if !noted(t, h) {
+			t.Error("attached: it is not noted")
+		}
+		if err := a.Keep(limited(t), identity); err != nil || !noted(t, h) {
+			t.Errorf("kept: %v, or it is not noted", err)
+		}
+		a.Close()
+	})
+	t.Run("before it is ready", func(t *testing.T) {
+		h, k := newFake(t)
+		k.table, k.noNodes = []int{1}, true // which it waits for
+		opt := offer("/dev/nbd1", disk)
+		followed := make(chan func(string) error, 1)
+		opt.Follow = func(spoil func(string) error) { followed <- spoil }
+		ctx, cancel := context.WithCancel(limited(t))
+		done := make(chan error, 1)
+		go func() {
+			_, err := h.attach(ctx, opt)
+			done <- err
+		}()
+		spoil := <-followed
+		for !slices.Contains(k.logged(), "scan 1") {
+			time.Sleep(time.Millisecond)
+		}
+		spoiled(t, h, spoil)
+		cancel()
+		if err := <-done; err == nil {
+			t.Error("it is attached")
+		}
+		if err := spoil(why); err != nil {
+			t.Errorf("no record any more: %v", err)
+		}
+	})
+	t.Run("while the image is opened for a takeover", func(t *testing.T) {
+		h, _ := newFake(t)
+		o := orphan(t, h, disk)
+		spoiled(t, h, o.Spoil)
+		opt := offer("", disk)
+		opt.Follow = func(func(string) error) {}
+		a, err := o.TakeOver(limited(t), opt)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !noted(t, h) {
+			t.Error("taken over: it is not noted")
+		}
+		a.Close()
+	})
+	t.Run("before a takeover has its connections", func(t *testing.T) {
+		h, k := newFake(t)
+		o := orphan(t, h, disk)
+		k.log, k.deaf = nil, 1
+		opt := offer("", disk)
+		opt.Follow = func(spoil func(string) error) {
+			if log := k.logged(); len(log) > 0 {
+				t.Errorf("too late: %q", log)
+			}
+			spoiled(t, h, spoil)
+		}
+		a, err := o.TakeOver(limited(t), opt)
+		if err != nil {
+			t.Fatal(err)
+		}
+		a.Close()
+	})
+}
+
 func TestNoPredecessor(t *testing.T) {
 	h, k := newFake(t)
 	a := attach(t, h, to("/dev/nbd0", disk))

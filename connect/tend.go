@@ -180,8 +180,7 @@ func (a *Attachment) setAway(away bool) {
 	if a.record.Away == away {
 		return
 	}
-	a.record.Away = away
-	if err := a.record.write(); err != nil {
+	if err := a.record.update(func(r *Record) { r.Away = away }); err != nil {
 		a.opt.Log.Warn("the state of the device is not noted", "device", a.Path(), "err", err)
 	}
 }

@@ -97,6 +97,9 @@ func (s *service) runConnected() (err error) {
 // begin opens the image and connects it to the kernel. nil without an error: a
 // signal came first.
 func (s *service) begin(pred *connect.Predecessor) (_ *connect.Attachment, err error) {
+	if pred != nil && !pred.Lives() {
+		s.watchSyncs(pred.Spoil) // to open the image may need one
+	}
 	s.device, err = unlessSignalled(s.signals, func(ctx context.Context) (image.Device, error) {
 		return s.opt.open(ctx, s.u, s.file)
 	})
@@ -124,7 +127,6 @@ func (s *service) begin(pred *connect.Predecessor) (_ *connect.Attachment, err e
 	a, err := s.attachImage(pred, e)
 	if err == nil {
 		taken = pred != nil
-		s.watchSyncs(a)
 		err = s.resume(a.Handed(), e)
 	}
 	if err != nil {
@@ -138,9 +140,9 @@ func (s *service) begin(pred *connect.Predecessor) (_ *connect.Attachment, err e
 const syncFailed = "a sync of its image has failed"
 
 // watchSyncs has the device know when one fails, before those who flush do.
-func (s *service) watchSyncs(a *connect.Attachment) {
+func (s *service) watchSyncs(spoil func(why string) error) {
 	s.opt.connect.origin.follow(func() {
-		if err := a.Spoil(syncFailed); err != nil {
+		if err := spoil(syncFailed); err != nil {
 			s.u.message(err.Error())
 		}
 	})
@@ -190,6 +192,7 @@ func (s *service) attachImage(pred *connect.Predecessor, e *export.Export) (*con
 		Image:     s.opt.connect.origin.name,
 		Partition: s.opt.partition,
 		Identity:  s.opt.connect.origin.identity(s.opt, e),
+		Follow:    s.watchSyncs,
 		Dial: func(context.Context) (net.Conn, error) {
 			ours, theirs, err := connect.SocketPair()
 			if err != nil {

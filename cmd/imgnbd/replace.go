@@ -90,7 +90,7 @@ func (s *service) goOn(a *connect.Attachment, conns []connect.Handed) (err error
 	if err := a.Keep(context.Background(), s.opt.connect.origin.identity(s.opt, e)); err != nil {
 		return errors.Join(differs(err), s.shutdown(), s.closeDevice())
 	}
-	s.watchSyncs(a)
+	s.watchSyncs(a.Spoil)
 	if err := s.resume(conns, e); err != nil {
 		return err
 	}
