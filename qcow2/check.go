@@ -97,11 +97,9 @@ func check(ctx context.Context, s storage.Store, opt image.Options, what image.C
 }
 
 // unseal breaks the seal of an image before it is repaired, so that no journal
-// fits afterwards. Whether there is one somewhere nobody can tell.
+// fits afterwards.
 func unseal(s storage.Store, h *header, opt image.Options) error {
-	if opt.Warn != nil {
-		opt.Warn(fmt.Sprintf("%s was not closed, and no journal of it is found: if only the process that wrote to it died, writes that it acknowledged may be in a journal in another directory, and are given up by the repair", opt.Name))
-	}
+	warnOfSeal(&opt, "by the repair")
 	if err := setAutoclear(s, ^autoclearSeal, 0); err != nil {
 		return err
 	}

@@ -3,6 +3,7 @@ package qcow2
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"hash/crc32"
 	"sync"
 	"sync/atomic"
@@ -153,6 +154,20 @@ func openJournal(memory []byte, more func() error, now owner) (j *journal, recor
 		}
 	}
 	return j, records, nil
+}
+
+// seals reports whether the seal of an image is that of the process that used the
+// memory last, be there records or not.
+func (j *journal) seals(seal autoclear) bool {
+	return j.word(0).Load() == journalMagic && autoclear(j.word(560).Load()) == seal
+}
+
+// warnOfSeal says that an image has the seal of a journal that is not at hand.
+// Whether there is one somewhere nobody can tell: a power cut leaves a seal too.
+func warnOfSeal(opt *image.Options, givenUp string) {
+	if opt.Warn != nil {
+		opt.Warn(fmt.Sprintf("%s was not closed, and no journal of it is found: if only the process that wrote to it died, writes that it acknowledged may be in a journal in another directory, and are given up %s", opt.Name, givenUp))
+	}
 }
 
 // start makes the journal empty, and of this image.

@@ -422,6 +422,63 @@ func TestRepairSealed(t *testing.T) {
 	}
 }
 
+// Who opens an image for writing that was not closed is told if the journal is not
+// found; and only then. Until the first change it can still be found.
+func TestSealWithoutJournal(t *testing.T) {
+	killed, left := abandonedJournal(t)
+	unsealed := bytes.Clone(killed)
+	clear(unsealed[88:92])
+	idle := func() (store, memory []byte) { // all that was acknowledged is durable
+		s := storagetest.MemOf(unsealed)
+		memory = newJournalMemory(1024)
+		im, err := Open(t.Context(), s, image.Options{Journal: memory})
+		if err == nil {
+			err = errors.Join(im.WriteAt([]byte{1}, 0, 0), im.Flush())
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		store, memory = bytes.Clone(s.Bytes()), bytes.Clone(memory)
+		im.Close()
+		return store, memory
+	}
+	idleStore, idleJournal := idle()
+	for _, test := range []struct {
+		name           string
+		store, journal []byte
+		readOnly       bool
+		want           int
+	}{
+		{"none", killed, nil, false, 1},
+		{"an empty one", killed, newJournalMemory(1024), false, 1},
+		{"another that has nothing", killed, idleJournal, false, 1},
+		{"its own", killed, bytes.Clone(left), false, 0},
+		{"its own that has nothing", idleStore, idleJournal, false, 0},
+		{"for reading", killed, nil, true, 0},
+		{"closed", unsealed, nil, false, 0},
+	} {
+		s, warnings := recorded(test.store), 0
+		opt := image.Options{Journal: bytes.Clone(test.journal), ReadOnly: test.readOnly, Warn: func(string) { warnings++ }}
+		im, err := Open(t.Context(), s, opt)
+		if err != nil || warnings != test.want {
+			t.Errorf("%s: %d warnings, %v", test.name, warnings, err)
+			continue
+		}
+		if test.want == 0 {
+			im.Close()
+			continue
+		}
+		if err := im.writer.close(); err != nil {
+			t.Fatal(err)
+		}
+		if im, err = Open(t.Context(), s, image.Options{Journal: bytes.Clone(left)}); err != nil {
+			t.Errorf("%s, and then its own: %v", test.name, err)
+			continue
+		}
+		im.Close()
+	}
+}
+
 // What a journal may become is not touched before it has grown, and records of
 // before are found afterwards. Where it cannot grow, commits make room.
 func TestJournalGrows(t *testing.T) {
