@@ -1,6 +1,9 @@
 package qcow2
 
 import (
+	"bytes"
+	"errors"
+	"syscall"
 	"testing"
 
 	"github.com/imgnbd/imgnbd/storage"
@@ -55,6 +58,40 @@ func TestLastUsed(t *testing.T) {
 			if got, err := r.lastUsed(0); err != nil || got != last+1 {
 				t.Fatalf("order %d, cluster %d: got %d, %v", order, last, got, err)
 			}
+		}
+	}
+}
+
+// A takeover that looks for room passes over counts that cannot be read, and says
+// so if there is no room elsewhere.
+func TestGapBehindUnreadableCounts(t *testing.T) {
+	const cluster, perBlock = 512, 256
+	g := &geometry{clusterBits: 9, clusterSize: cluster, refcountOrder: 4, refBlockBits: 8}
+	for gap, want := range map[int64]error{
+		-1:             syscall.EIO, // nowhere
+		5:              syscall.EIO, // where it cannot be seen
+		perBlock + 77:  nil,
+		2*perBlock - 1: nil,
+	} {
+		counts := bytes.Repeat([]byte{0, 1}, 2*perBlock)
+		if gap >= 0 && gap < 2*perBlock {
+			counts[2*gap+1] = 0
+		}
+		s := storagetest.Fault(storagetest.MemOf(append(make([]byte, cluster), counts...)), nil)
+		s.Inject(storagetest.Within(storagetest.OpRead, cluster, cluster, storagetest.Failure{Err: syscall.EIO}))
+		tables := new(tableGuard)
+		refs := &refcounts{
+			store: s, g: g, end: 3 * perBlock, tables: tables, table: []refTableEntry{cluster, 2 * cluster, 0},
+			sectors: map[int64]*countSector{}, blank: map[int64]bool{}, unknown: map[int64]bool{}, late: map[int64]map[int64]bool{},
+		}
+		a := newAllocator(3*perBlock, 3*perBlock, 3*perBlock)
+		takeover := &takeover{writer: &writer{alloc: a, tables: tables, commit: &committer{refs: refs}}, used: map[int64]bool{}}
+		for c := range int64(perBlock) {
+			takeover.used[2*perBlock+c] = true
+		}
+		err := takeover.coverWithin(2)
+		if !errors.Is(err, want) || want == nil && refs.table[2].host() != gap*cluster {
+			t.Errorf("room at %d: the block is made at %#x, %v", gap, refs.table[2].host(), err)
 		}
 	}
 }

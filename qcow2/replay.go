@@ -152,40 +152,43 @@ func (t *takeover) cover(c int64) error {
 // its end: in the range itself, or where a block that is linked knows of some.
 func (t *takeover) coverWithin(i int64) error {
 	r := t.commit.refs
-	host, err := t.gap(i, false)
-	for by := int64(0); by < int64(len(r.table)) && host < 0 && err == nil; by++ {
+	host, unread := t.gap(i, false)
+	for by := int64(0); by < int64(len(r.table)) && host < 0; by++ {
 		if r.table[by] != 0 && !r.unknown[by] {
+			var err error
 			host, err = t.gap(by, true)
+			unread = first(unread, err)
 		}
 	}
-	switch {
-	case err != nil:
-		return err
-	case host < 0:
-		return syscall.ENOSPC
+	if host < 0 {
+		return first(unread, syscall.ENOSPC)
 	}
 	return r.placeBlock(t.alloc, i, host)
 }
 
 // gap returns a cluster in the range of a refcount block that nobody uses, -1
-// if there is none.
-func (t *takeover) gap(block int64, counted bool) (int64, error) {
+// if none is found, with the error if there are counts that cannot be read.
+func (t *takeover) gap(block int64, counted bool) (host int64, unread error) {
 	r := t.commit.refs
-	first := block << r.g.refBlockBits
-	for c := first; c < min(first+r.perBlock(), r.end); c++ {
+	begin := block << r.g.refBlockBits
+	for c := begin; c < min(begin+r.perBlock(), r.end); c++ {
 		if t.used[c] || t.past[c] || t.tables.has(c) {
 			continue
 		}
 		if counted {
-			if n, err := r.count(c); err != nil {
-				return -1, err
-			} else if n != 0 {
+			n, err := r.count(c)
+			if err != nil {
+				unread = first(unread, err)
+				c |= r.perSector() - 1 // the rest of it is not read either
+				continue
+			}
+			if n != 0 {
 				continue
 			}
 		}
 		return c, nil
 	}
-	return -1, nil
+	return -1, unread
 }
 
 // named yields the host clusters that the journal says were ours.
