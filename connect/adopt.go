@@ -1,9 +1,6 @@
 package connect
 
-import (
-	"context"
-	"fmt"
-)
+import "context"
 
 // FindUntended returns a device whose data passed through a process, to this
 // server, that has died; nil if there is none. Where the kernel reaches the
@@ -18,8 +15,8 @@ func FindUntended(ctx context.Context, device, server string) (*Predecessor, err
 
 // Adopt is TakeOver for a device of a server: the Attachment is to be tended.
 func (p *Predecessor) Adopt(ctx context.Context, opt Options) (*Attachment, error) {
-	if opt.Connections != p.record.Connections {
-		return nil, fmt.Errorf("%s had %d connections, not %d", p.Path(), p.record.Connections, opt.Connections)
+	if err := p.checkConnections(&opt); err != nil {
+		return nil, err
 	}
 	a := p.attachment(opt)
 	conns, err := a.succeedDead(ctx)

@@ -105,6 +105,7 @@ type Attachment struct {
 	control    *net.UnixListener
 	successors chan *Successor
 	handed     []Handed
+	replaces   bool // a server that lives, until that has let go
 }
 
 // Path returns the name of the device.

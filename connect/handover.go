@@ -152,7 +152,7 @@ func (a *Attachment) HandOver(s *Successor, conns []Handed, locks []HeldLock, be
 		l.File.Close()
 	}
 	if err != nil {
-		return false, fmt.Errorf("process %d: %w", s.PID, err)
+		return false, fmt.Errorf("%s is not handed over to process %d: %w", a.Path(), s.PID, err)
 	}
 	if err := expect(s.conn, "taken\n"); err != nil {
 		return false, fmt.Errorf("process %d has not taken %s: %w", s.PID, a.Path(), err)
@@ -160,7 +160,7 @@ func (a *Attachment) HandOver(s *Successor, conns []Handed, locks []HeldLock, be
 	err = a.stopListening() // the place is the successor's
 	before()
 	if _, e := io.WriteString(s.conn, "go\n"); e != nil {
-		return false, fmt.Errorf("process %d: %w", s.PID, e)
+		return false, fmt.Errorf("process %d has not taken %s: %w", s.PID, a.Path(), e)
 	}
 	for _, h := range conns {
 		h.Conn.Close()
@@ -245,11 +245,14 @@ func (p *Predecessor) Lives() bool { return p.lives }
 // nothing but its sockets is left of it. It goes on as before unless TakeOver
 // succeeds.
 func (p *Predecessor) Receive(ctx context.Context) (err error) {
-	ctx, cancel := context.WithTimeout(ctx, handoverTime)
+	ctx, cancel := context.WithTimeoutCause(ctx, handoverTime, fmt.Errorf("it has not answered after %v: its medium may be slow", handoverTime))
 	defer cancel()
 	failed := func(err error) error {
-		if ctx.Err() != nil {
+		switch {
+		case ctx.Err() != nil:
 			err = context.Cause(ctx)
+		case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET):
+			err = errors.New("it has hung up, and its own messages may say why")
 		}
 		return fmt.Errorf("%s: process %d has not handed it over: %w", p.Path(), p.record.PID, err)
 	}
@@ -340,10 +343,10 @@ func (p *Predecessor) succeed(ctx context.Context, a *Attachment) (*Attachment, 
 		err = expect(p.control, "go\n")
 	}
 	if err != nil {
-		return nil, fmt.Errorf("%s: process %d: %w", p.Path(), p.record.PID, err)
+		return nil, fmt.Errorf("%s: process %d has not let go of it: %w", p.Path(), p.record.PID, err)
 	}
 	p.letGoAll()
-	a.handed, p.handed = p.handed, nil
+	a.handed, p.handed, a.replaces = p.handed, nil, false
 	// Until that is written, the record is right for an image that is closed.
 	if err := a.listen(); err != nil {
 		return nil, err

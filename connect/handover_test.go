@@ -83,9 +83,15 @@ func TestHandOver(t *testing.T) {
 	if err := p.Receive(limited(t)); err != nil {
 		t.Fatal(err)
 	}
-	_, err := p.TakeOver(limited(t), offer("", peer{size: 512, flags: writable}))
-	if _, ok := errors.AsType[*DifferentError](err); !ok {
-		t.Errorf("another size: %v", err)
+	for want, opt := range map[string]Options{ // nothing waits for it
+		"/dev/nbd1 is /disk with size 1048576; /disk has 512":              offer("", peer{size: 512, flags: writable}),
+		"/dev/nbd1 is /disk with connections 1; /disk has 2":               offer("", disk, disk),
+		"/dev/nbd1 is /disk with format qcow2; /disk has raw":              different(func(i *Identity) { i.Properties = []Property{{"format", "raw"}} }),
+		"/dev/nbd1 is /disk (file 1:2 4), which /disk (file 9:9 9) is not": different(func(i *Identity) { i.Stores = []string{i.Stores[0], "file 9:9 9"} }),
+	} {
+		if _, err := p.TakeOver(limited(t), opt); err == nil || err.Error() != want {
+			t.Errorf("%q: %v", want, err)
+		}
 	}
 	p.Close()
 	if o := <-done; o.taken || o.err == nil {
@@ -250,7 +256,7 @@ func TestHandOverBroken(t *testing.T) {
 
 	go func() { sent <- (<-a.Successors()).Close() }()
 	p = lives(t, h)
-	if err := p.Receive(limited(t)); err == nil || !strings.Contains(err.Error(), "has not handed it over") {
+	if err := p.Receive(limited(t)); err == nil || !strings.Contains(err.Error(), "has not handed it over: it has hung up") {
 		t.Error(err)
 	}
 	p.Close()

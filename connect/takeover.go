@@ -33,20 +33,25 @@ type Property struct {
 	Value string `json:"value"`
 }
 
-// A DifferentError says that what a device waits for is not what it was
+// A DifferentError says that what a device waits for, or is, is not what it was
 // offered.
 type DifferentError struct {
 	Path           string
 	Image, Offered string
 	Property       string // "": they are different images
 	Was, Is        string // its values
+	Lives          bool   // the server of Image, which goes on: nothing waits
 }
 
 func (e *DifferentError) Error() string {
-	if e.Property == "" {
-		return fmt.Sprintf("%s waits for %s (%s), which %s (%s) is not", e.Path, e.Image, e.Was, e.Offered, e.Is)
+	device := e.Path + " waits for " + e.Image
+	if e.Lives {
+		device = e.Path + " is " + e.Image
 	}
-	return fmt.Sprintf("%s waits for %s with %s %s; %s has %s", e.Path, e.Image, e.Property, e.Was, e.Offered, e.Is)
+	if e.Property == "" {
+		return fmt.Sprintf("%s (%s), which %s (%s) is not", device, e.Was, e.Offered, e.Is)
+	}
+	return fmt.Sprintf("%s with %s %s; %s has %s", device, e.Property, e.Was, e.Offered, e.Is)
 }
 
 // ErrGivenUp is wrapped by the errors of a device that no server can take over
@@ -169,21 +174,38 @@ func (p *Predecessor) Check(offered string, stores []string, properties []Proper
 			was = p.record.Stores[i]
 		}
 		if was != is {
-			return &DifferentError{Path: p.Path(), Image: p.Image(), Offered: offered, Was: was, Is: is}
+			return p.different(offered, "", was, is)
 		}
 	}
 	for _, is := range properties {
 		if was := p.record.Property(is.Name); was != is.Value {
-			return &DifferentError{p.Path(), p.Image(), offered, is.Name, orNone(was), orNone(is.Value)}
+			return p.different(offered, is.Name, orNone(was), orNone(is.Value))
 		}
 	}
 	return nil
 }
 
+// checkConnections is Check for the number of them.
+func (p *Predecessor) checkConnections(opt *Options) error {
+	if was, is := p.record.Connections, opt.Connections; was != is {
+		return p.different(opt.Image+opt.Server, "connections", fmt.Sprint(was), fmt.Sprint(is))
+	}
+	return nil
+}
+
+func (p *Predecessor) different(offered, property, was, is string) error {
+	return &DifferentError{Path: p.Path(), Image: p.Image(), Offered: offered, Property: property, Was: was, Is: is, Lives: p.lives}
+}
+
 // Check is that of a Predecessor, for the server of the device itself.
 func (a *Attachment) Check(offered string, stores []string, properties []Property) error {
-	p := Predecessor{host: a.host, index: a.index, record: a.record}
-	return p.Check(offered, stores, properties)
+	return a.predecessor().Check(offered, stores, properties)
+}
+
+// predecessor returns what had the device before, this process itself unless it
+// takes it over.
+func (a *Attachment) predecessor() *Predecessor {
+	return &Predecessor{host: a.host, index: a.index, record: a.record, lives: a.replaces}
 }
 
 // unchanged is Check for an image of which all is known.
@@ -192,7 +214,7 @@ func (a *Attachment) unchanged(offered string, i Identity) error {
 		return err
 	}
 	if was, is := len(a.record.Stores), len(i.Stores); was != is {
-		return &DifferentError{a.Path(), a.record.Image, offered, "files", fmt.Sprint(was), fmt.Sprint(is)}
+		return a.predecessor().different(offered, "files", fmt.Sprint(was), fmt.Sprint(is))
 	}
 	return nil
 }
@@ -235,8 +257,8 @@ func (p *Predecessor) GiveUp(why string) error {
 // of a SocketPair. The Predecessor is the Attachment's then; on an error it is
 // still held, and the device goes on waiting.
 func (p *Predecessor) TakeOver(ctx context.Context, opt Options) (*Attachment, error) {
-	if opt.Connections != p.record.Connections {
-		return nil, fmt.Errorf("%s had %d connections, not %d", p.Path(), p.record.Connections, opt.Connections)
+	if err := p.checkConnections(&opt); err != nil {
+		return nil, err
 	}
 	a := p.attachment(opt)
 	if err := a.unchanged(opt.Image, opt.Identity); err != nil {
@@ -255,7 +277,7 @@ func (p *Predecessor) TakeOver(ctx context.Context, opt Options) (*Attachment, e
 // what it offers is what was there before, and returns the ends of the
 // connections that the kernel has taken.
 func (a *Attachment) succeedDead(ctx context.Context) (taken []net.Conn, err error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("%s has taken no connection, after %v", a.Path(), patience))
+	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("%s still has connections of the server before, after %v", a.Path(), patience))
 	defer cancel()
 	// A socket for which the kernel has no place yet, because it has not seen
 	// the end of the old one, is ignored in silence. Nothing is read from the
@@ -276,7 +298,7 @@ func (a *Attachment) succeedDead(ctx context.Context) (taken []net.Conn, err err
 
 func (p *Predecessor) attachment(opt Options) *Attachment {
 	a := p.host.attachment(opt)
-	a.index, a.backend, a.record = p.index, p.record.Backend, p.record
+	a.index, a.backend, a.record, a.replaces = p.index, p.record.Backend, p.record, p.lives
 	return a
 }
 
@@ -355,7 +377,7 @@ func (a *Attachment) compare() (*config, error) {
 		return nil, err
 	}
 	if size := a.host.size(a.index); size != c.size { // the kernel's word counts
-		return nil, &DifferentError{a.Path(), a.record.Image + a.record.Server, a.opt.Image + a.opt.Server, "size", fmt.Sprint(size), fmt.Sprint(c.size)}
+		return nil, a.predecessor().different(a.opt.Image+a.opt.Server, "size", fmt.Sprint(size), fmt.Sprint(c.size))
 	}
 	return c, nil
 }

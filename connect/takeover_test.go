@@ -143,15 +143,15 @@ func TestTakeOverEnded(t *testing.T) {
 func TestTakeOverRefused(t *testing.T) {
 	readOnly := peer{size: 1 << 20, flags: nbd.FlagHasFlags | nbd.FlagReadOnly}
 	for want, offered := range map[string]Options{
-		"/dev/nbd1 waits for /disk with size 1048576; /disk has 1049088":                                                 offer("", peer{size: 1<<20 + 512, flags: writable}),
-		"/dev/nbd1 waits for /disk with size 1048576; /disk has 1048064":                                                 offer("", peer{size: 1<<20 - 512, flags: writable}),
-		"/dev/nbd1 waits for /disk with block size 512; /disk has 4096":                                                  offer("", peer{size: 1 << 20, flags: writable, block: 4096}),
-		"/dev/nbd1 waits for /disk with flags 0x6d; /disk has 0x3":                                                       offer("", readOnly),
-		"/dev/nbd1 had 1 connections, not 2":                                                                             offer("", disk, disk),
-		"/dev/nbd1 waits for /disk with files":                                                                           different(func(i *Identity) { i.Stores = i.Stores[:1] }),
-		"/dev/nbd1 waits for /disk (file 1:2 4), which /disk (file 9:9 9) is not":                                        different(func(i *Identity) { i.Stores = []string{"file 1:2 3", "file 9:9 9"} }),
-		"/dev/nbd1 waits for /disk with format qcow2; /disk has raw":                                                     different(func(i *Identity) { i.Properties = []Property{{"format", "raw"}} }),
-		"export '' has 0 bytes":                                                                                          offer("", peer{flags: writable}),
+		"/dev/nbd1 waits for /disk with size 1048576; /disk has 1049088":          offer("", peer{size: 1<<20 + 512, flags: writable}),
+		"/dev/nbd1 waits for /disk with size 1048576; /disk has 1048064":          offer("", peer{size: 1<<20 - 512, flags: writable}),
+		"/dev/nbd1 waits for /disk with block size 512; /disk has 4096":           offer("", peer{size: 1 << 20, flags: writable, block: 4096}),
+		"/dev/nbd1 waits for /disk with flags 0x6d; /disk has 0x3":                offer("", readOnly),
+		"/dev/nbd1 waits for /disk with connections 1; /disk has 2":               offer("", disk, disk),
+		"/dev/nbd1 waits for /disk with files":                                    different(func(i *Identity) { i.Stores = i.Stores[:1] }),
+		"/dev/nbd1 waits for /disk (file 1:2 4), which /disk (file 9:9 9) is not": different(func(i *Identity) { i.Stores = []string{"file 1:2 3", "file 9:9 9"} }),
+		"/dev/nbd1 waits for /disk with format qcow2; /disk has raw":              different(func(i *Identity) { i.Properties = []Property{{"format", "raw"}} }),
+		"export '' has 0 bytes": offer("", peer{flags: writable}),
 		"/dev/nbd1 was detached, and stays only until all have closed it: /dev/nbd1 is in use by somebody who cannot be": {},
 	} {
 		h, k := newFake(t)

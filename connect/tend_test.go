@@ -281,7 +281,7 @@ func TestAdopt(t *testing.T) {
 		t.Fatal(p, err)
 	}
 	for want, change := range map[string]func(*Options){
-		"had 1 connections, not 2": func(o *Options) { o.Connections = 2 },
+		"with connections 1": func(o *Options) { o.Connections = 2 },
 		"with size 1048576; nbd://server/disk has 2097152": func(o *Options) {
 			o.Dial = func(context.Context) (net.Conn, error) { return peer{size: 2 << 20, flags: writable}.dial(), nil }
 		},

@@ -53,7 +53,7 @@ func (s *service) handOver(a *connect.Attachment, successor *connect.Successor) 
 	}
 	if err != nil {
 		// The device waits, as after the death of this process.
-		return &departed{errors.Join(fmt.Errorf("%s cannot be handed over: %w", a.Path(), err), successor.Close())}
+		return &departed{errors.Join(fmt.Errorf("%s cannot be handed over, and is left without a server: %w", a.Path(), err), successor.Close())}
 	}
 	var handed []connect.Handed
 	for _, c := range conns {

@@ -230,7 +230,7 @@ func (s *service) findPredecessor(ctx context.Context) (_ *connect.Predecessor, 
 	case pred.Lives():
 		err = pred.Receive(ctx)
 	case pred.Identity().Volatile != "":
-		return nil, pred.GiveUp(pred.Identity().Volatile)
+		return nil, giveUp(pred, pred.Identity().Volatile)
 	}
 	if err != nil {
 		return nil, errors.Join(err, pred.Close())
@@ -266,17 +266,25 @@ func (s *service) notTaken(pred *connect.Predecessor, err error) error {
 	switch {
 	case pred.Lives():
 	case errors.Is(err, journal.ErrGone):
-		return pred.GiveUp(journal.ErrGone.Error())
+		return giveUp(pred, journal.ErrGone.Error())
 	case errors.Is(err, image.ErrJournal) && !passing:
-		return errors.Join(err, pred.GiveUp("its journal cannot be brought back"))
+		return errors.Join(err, giveUp(pred, "its journal cannot be brought back"))
 	}
 	return differs(err)
+}
+
+// giveUp adds to [connect.Predecessor.GiveUp] what can be done.
+func giveUp(pred *connect.Predecessor, why string) error {
+	return hinted(pred.GiveUp(why), "umount what is on it, attach the image again, and check that")
 }
 
 // differs takes what there is to say of two images that differ out of the
 // errors around it, and adds what can be done.
 func differs(err error) error {
 	if d, ok := errors.AsType[*connect.DifferentError](err); ok {
+		if d.Lives {
+			return hinted(d, "its server goes on; what replaces it has to be "+d.Image+" as it is attached")
+		}
 		return hinted(d, "attach "+d.Image+" as it was, or give up what waits: imgnbd -d "+d.Path)
 	}
 	return err

@@ -49,7 +49,7 @@ refused 'with offset 0' 'has 512' -- imgnbd -c /dev/nbd0 -f raw -o 512 disk.raw
 refused 'with read-only false' -- imgnbd -c /dev/nbd0 -f raw -r disk.raw
 refused 'with temporary overlay false' -- imgnbd -c /dev/nbd0 -f raw -s disk.raw
 refused 'with options none' -- imgnbd -c /dev/nbd0 --image-opts driver=raw,file.filename=disk.raw
-refused 'had 1 connections, not 2' -- imgnbd -c /dev/nbd0 -f raw --connections=2 disk.raw
+refused 'with connections 1' -- imgnbd -c /dev/nbd0 -f raw --connections=2 disk.raw
 truncate -s 65M disk.raw
 refused 'with size 67108864' 'has 68157440' -- imgnbd -c /dev/nbd0 -f raw disk.raw
 truncate -s 64M disk.raw
