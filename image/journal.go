@@ -89,7 +89,7 @@ func journalError(err error, j Journal) error {
 		return err
 	}
 	if errno, ok := errors.AsType[syscall.Errno](err); ok {
-		return &Hint{Err: err, Advice: fmt.Sprintf("nothing is lost: they are in %s, and are brought back when this can be done without %q", j.Name(), errno.Error())}
+		return &Hint{Err: err, Advice: fmt.Sprintf("they stay in %s, and are brought back when this can be done without %q", j.Name(), errno.Error())}
 	}
 	return &Hint{Err: err, Advice: fmt.Sprintf("to use the image without them, remove %s", j.Name())}
 }

@@ -267,6 +267,8 @@ func (s *service) notTaken(pred *connect.Predecessor, err error) error {
 	case pred.Lives():
 	case errors.Is(err, journal.ErrGone):
 		return giveUp(pred, journal.ErrGone.Error())
+	case s.opt.connect.origin.isLost():
+		return errors.Join(err, giveUp(pred, syncFailed))
 	case errors.Is(err, image.ErrJournal) && !passing:
 		return errors.Join(err, giveUp(pred, "its journal cannot be brought back"))
 	}

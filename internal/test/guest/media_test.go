@@ -170,7 +170,7 @@ assert s.recv(1) == b""'
     free /dev/nbd0
 done
 
-# Nor does one who finds out while he opens the image for a takeover let another try.
+# Nor does one who finds out while he opens the image for a takeover.
 dd if=empty of=/dev/mapper/whole conv=fsync status=none
 imgnbd -v -c /dev/nbd0 -f qcow2 /dev/mapper/whole 2>attached &
 server=$!
@@ -181,9 +181,8 @@ broken '0 65536 error'
 dd if=data of=/dev/nbd0 bs=1M seek=40 count=2 oflag=direct status=none
 kill -KILL $server
 eventually gone $server
-refused 'Input/output error' -- imgnbd -c /dev/nbd0 -f qcow2 /dev/mapper/whole
+refused 'Input/output error' 'is given up, and fails from now on: a sync of its image has failed' -- imgnbd -c /dev/nbd0 -f qcow2 /dev/mapper/whole
 broken "$(table)"
-refused 'is given up, and fails from now on: a sync of its image has failed' -- imgnbd -c /dev/nbd0 -f qcow2 /dev/mapper/whole
 eventually absent /sys/block/nbd0/pid
 free /dev/nbd0
 
