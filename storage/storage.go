@@ -218,15 +218,6 @@ func (h *Hint) Error() string { return h.Err.Error() }
 
 func (h *Hint) Unwrap() error { return h.Err }
 
-// ReadOnly is the write half of a Store that cannot be written. Embed it.
-type ReadOnly struct{}
-
-func (ReadOnly) WriteAt([]byte, int64, WriteFlags) error    { return ErrReadOnly }
-func (ReadOnly) WriteZeroes(_, _ int64, _ WriteFlags) error { return ErrReadOnly }
-func (ReadOnly) Discard(_, _ int64) error                   { return ErrReadOnly }
-func (ReadOnly) Truncate(int64) error                       { return ErrReadOnly }
-func (ReadOnly) Sync() error                                { return nil }
-
 // CheckRange returns ErrOutOfRange unless off and n describe a range of
 // non-negative offset, length and end.
 func CheckRange(off, n int64) error {

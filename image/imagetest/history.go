@@ -3,7 +3,6 @@ package imagetest
 import (
 	"fmt"
 	"math/rand/v2"
-	"strconv"
 	"strings"
 
 	"github.com/imgnbd/imgnbd/image"
@@ -186,69 +185,4 @@ func (o op) String() string {
 		}
 	}
 	return s
-}
-
-// parseHistory reads what String wrote. Empty lines and those that begin with
-// # are skipped.
-func parseHistory(text string) (h history, err error) {
-	for line := range strings.Lines(text) {
-		line = strings.TrimSpace(line)
-		if line == "" || line[0] == '#' {
-			continue
-		}
-		var b batch
-		for part := range strings.SplitSeq(line, "|") {
-			o, err := parseOp(strings.Fields(part))
-			if err != nil {
-				return nil, fmt.Errorf("%q: %w", part, err)
-			}
-			b = append(b, o)
-		}
-		h = append(h, b)
-	}
-	return h, nil
-}
-
-func parseOp(words []string) (o op, err error) {
-	if len(words) == 0 {
-		return o, fmt.Errorf("no operation")
-	}
-	o.kind = words[0]
-	switch o.kind {
-	case "flush", "reopen":
-		if len(words) > 1 {
-			return o, fmt.Errorf("takes no range")
-		}
-		return o, nil
-	case "read", "try", "write", "zero", "discard", "extents":
-	default:
-		return o, fmt.Errorf("unknown operation")
-	}
-	if len(words) < 2 {
-		return o, fmt.Errorf("no range")
-	}
-	off, n, _ := strings.Cut(words[1], "+")
-	if o.off, err = strconv.ParseInt(off, 0, 64); err != nil {
-		return o, err
-	}
-	if o.n, err = strconv.ParseInt(n, 0, 64); err != nil {
-		return o, err
-	}
-words:
-	for _, w := range words[2:] {
-		if id, ok := strings.CutPrefix(w, "id="); ok {
-			if o.id, err = strconv.ParseUint(id, 10, 64); err != nil {
-				return o, err
-			}
-			continue
-		}
-		for _, f := range flagNames {
-			if w == f.name {
-				o.flags |= f.flag
-				continue words
-			}
-		}
-		return o, fmt.Errorf("unknown word %q", w)
-	}
-	return o, nil
 }

@@ -287,19 +287,3 @@ func TestRandomCatches(t *testing.T) {
 	}
 	t.Error("20 random histories found nothing wrong")
 }
-
-func TestHistoryText(t *testing.T) {
-	h := generate(5, 1<<20, 4096, 100)
-	got, err := parseHistory("# a comment\n\n" + h.String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if got.String() != h.String() {
-		t.Error("a history changes when it is written and read")
-	}
-	for _, bad := range []string{"jump 1+1", "read", "read 1+x", "flush 1+1", "read 0+1 | ", "write 0+1 id=x", "zero 0+1 slow"} {
-		if _, err := parseHistory(bad); err == nil {
-			t.Errorf("%q is accepted", bad)
-		}
-	}
-}

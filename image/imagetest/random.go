@@ -21,7 +21,7 @@ type RandomOptions struct {
 // which concurrent ones take effect is the machine's.
 //
 // If something is wrong it looks for a short history that goes wrong too and
-// prints it, to be kept and given to [Replay].
+// prints it.
 func Random(t *testing.T, target Target, seed uint64, opt RandomOptions) {
 	t.Helper()
 	if opt.Steps == 0 {
@@ -45,22 +45,6 @@ func Random(t *testing.T, target Target, seed uint64, opt RandomOptions) {
 		return err == nil && replay(d, h) != nil
 	}, time.Now().Add(20*time.Second))
 	t.Logf("these %d of its %d operations fail too:\n%s", short.ops(), h.ops(), short)
-}
-
-// Replay does to a disk what a history says, as Random prints it.
-func Replay(t *testing.T, target Target, text string) {
-	t.Helper()
-	h, err := parseHistory(text)
-	if err != nil {
-		t.Fatal(err)
-	}
-	d, err := open(target.New(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := replay(d, h); err != nil {
-		t.Error(err)
-	}
 }
 
 // replay runs h and closes d.
