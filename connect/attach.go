@@ -114,14 +114,16 @@ func (a *Attachment) Path() string { return a.host.path(a.index) }
 // Size returns the size of the device in bytes.
 func (a *Attachment) Size() uint64 { return a.host.size(a.index) }
 
-// Ours reports whether the device is still that of this Attachment. It is where
-// nobody can tell: the root file system may have been switched under this process.
-func (a *Attachment) Ours() bool {
-	if _, err := os.Stat(filepath.Join(a.host.sys, name(a.index))); err != nil {
-		return true
-	}
-	return a.host.backend(a.index) == a.backend
+// Seen reports whether this process sees what the kernel says of the device. It
+// does not if the root file system was switched under it.
+func (a *Attachment) Seen() bool {
+	_, err := os.Stat(filepath.Join(a.host.sys, name(a.index)))
+	return err == nil
 }
+
+// Ours reports whether the device is still that of this Attachment. It is where
+// nobody can tell, see Seen.
+func (a *Attachment) Ours() bool { return !a.Seen() || a.host.backend(a.index) == a.backend }
 
 // Holders returns who uses the device, as far as that can be seen.
 func (a *Attachment) Holders() []Holder { return a.host.holders(a.index) }

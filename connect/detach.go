@@ -31,10 +31,21 @@ func Detach(ctx context.Context, path string, force bool) error {
 	if err != nil {
 		return err
 	}
-	if !h.connected(index) {
-		return fmt.Errorf("%s: %w", h.path(index), ErrNotAttached)
+	if err := h.attached(index); err != nil {
+		return fmt.Errorf("%s: %w", h.path(index), err)
 	}
 	return h.detachAndWait(ctx, index, force)
+}
+
+// attached returns ErrNotAttached for a device that is free, as far as that can be seen.
+func (h *host) attached(index int) error {
+	if h.connected(index) {
+		return nil
+	}
+	if _, err := os.Stat(h.sys); err != nil {
+		return fmt.Errorf("whether it is attached cannot be seen: %w", err)
+	}
+	return ErrNotAttached
 }
 
 // hung is how long a server answers nothing before it is not waited for, by

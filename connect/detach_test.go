@@ -93,7 +93,7 @@ func TestDetachHungSuccessor(t *testing.T) {
 }
 
 // Who cannot see the devices of the kernel takes none for detached.
-func TestOursUnseen(t *testing.T) {
+func TestUnseen(t *testing.T) {
 	h, k := newFake(t)
 	a := attach(t, h, to("/dev/nbd0", disk))
 	if !a.Ours() {
@@ -102,14 +102,17 @@ func TestOursUnseen(t *testing.T) {
 	if err := os.Rename(h.sys, h.sys+" moved"); err != nil {
 		t.Fatal(err)
 	}
-	if !a.Ours() {
+	if !a.Ours() || a.Seen() {
 		t.Error("it is taken for detached")
+	}
+	if err := h.attached(0); err == nil || errors.Is(err, ErrNotAttached) {
+		t.Errorf("whether it is attached: %v", err)
 	}
 	if err := os.Rename(h.sys+" moved", h.sys); err != nil {
 		t.Fatal(err)
 	}
 	k.free(0)
-	if a.Ours() {
+	if a.Ours() || !a.Seen() || !errors.Is(h.attached(0), ErrNotAttached) {
 		t.Error("it is detached")
 	}
 }

@@ -66,36 +66,48 @@ func isBusy(err error) bool {
 
 // detach takes the device from the kernel. While it is mounted or held
 // otherwise it goes on being served, whatever signals come: who stops services,
-// systemd for one, sends more of them when it has waited for a while. What cannot
-// be flushed is told, and lost.
+// systemd for one, sends more of them when it has waited for a while. A successor
+// still gets it. What cannot be flushed is told, and lost.
 func (s *service) detach(a *connect.Attachment) error {
 	var failed error
 	for force, told := false, false; ; {
-		err := s.runDetacher(a, force)
+		err := errors.New("nothing of it is to be seen in /sys, nor who uses it")
+		if a.Seen() {
+			err = s.runDetacher(a, force)
+		}
+		pause := 200 * time.Millisecond
 		e, ok := errors.AsType[*exit](err)
 		_, left := errors.AsType[*departed](err)
 		switch {
-		case ok && e.code < 0: // it was killed, which says nothing of the device
-		case !ok && err != nil && !left: // nor does it that there was none
-			if !told {
-				told = true
-				s.u.message(fmt.Sprintf("%s is not detached: %v: it is tried again", a.Path(), err))
-			}
-		case force || !ok:
+		case err == nil || left:
 			return errors.Join(failed, err)
-		case e.code != inUse && len(a.Holders()) == 0:
+		case ok && e.code < 0: // it was killed, which says nothing of the device
+		case ok && e.code != inUse && !force && len(a.Holders()) == 0:
 			failed, force = e.err, true
 			continue
-		case !told:
-			told = true
-			s.u.message(e.err.Error() + ": it is detached as soon as it is free, or by imgnbd --disconnect --force " + a.Path())
+		case ok && (e.code == inUse || len(a.Holders()) > 0):
+			if !told {
+				told = true
+				s.u.message(e.err.Error() + ": it is detached as soon as it is free, or by imgnbd --disconnect --force " + a.Path())
+			}
+		default: // it may be in use
+			pause = 5 * time.Second
+			if !told {
+				told = true
+				s.u.message(fmt.Sprintf("%s is not detached: %v: it is served on, and that is tried again", a.Path(), err))
+			}
 		}
-		for used := true; used; used = len(a.Holders()) > 0 {
+		force = false
+		for used := true; used; used = !a.Seen() || len(a.Holders()) > 0 {
 			select {
 			case <-s.over: // somebody has detached it
-				return nil
+				return failed
+			case successor := <-a.Successors(): // who may know better
+				if err := s.handOver(a, successor); err != nil {
+					return err
+				}
 			case <-s.signals:
-			case <-time.After(200 * time.Millisecond):
+			case <-time.After(pause):
 			}
 		}
 	}

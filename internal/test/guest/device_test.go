@@ -274,27 +274,36 @@ wait $pid
 free /dev/nbd0
 
 # A server from before the switch of root may see nothing of the kernel's. It does
-# not take its device for detached.
-unshare -m --propagation private sh -c '
-imgnbd -v -c /dev/nbd0 -f raw disk.raw 2>hiding &
-until grep -q "is now connected" hiding; do sleep 0.1; done
-mount -t tmpfs none /sys
-mount -t tmpfs none /proc
-touch hidden
-wait' &
-eventually test -e hidden
-pid=$(server /dev/nbd0)
-mount /dev/nbd0 m
-kill $pid
-eventually grep -q '/dev/nbd0 is not detached: .*: it is tried again' hiding
-echo 3 >/proc/sys/vm/drop_caches
-verify m
-kill -KILL $pid
-eventually gone $pid
-imgnbd -c /dev/nbd0 -f raw disk.raw
-umount m
-imgnbd -d /dev/nbd0
-free /dev/nbd0
+# not take its device for detached, or for one that nobody uses.
+for hidden in "/sys /proc" /sys; do
+    rm -f hidden hiding
+    unshare -m --propagation private sh -c "
+    imgnbd -v -c /dev/nbd0 -f raw disk.raw 2>hiding &
+    until grep -q 'is now connected' hiding; do sleep 0.1; done
+    for d in $hidden; do mount -t tmpfs none \$d; done
+    touch hidden
+    wait" &
+    eventually test -e hidden
+    pid=$(server /dev/nbd0)
+    mount /dev/nbd0 m
+    kill $pid
+    eventually grep -q '/dev/nbd0 is not detached: .*: it is served on' hiding
+    kill $pid
+    kill -0 $pid || fail "it has ended: $(cat hiding)"
+    echo 3 >/proc/sys/vm/drop_caches
+    verify m
+    if [ "$hidden" = /sys ]; then
+        imgnbd -c /dev/nbd0 --replace -f raw disk.raw
+    else
+        kill -KILL $pid
+        eventually gone $pid
+        imgnbd -c /dev/nbd0 -f raw disk.raw
+    fi
+    eventually gone $pid
+    umount m
+    imgnbd -d /dev/nbd0
+    free /dev/nbd0
+done
 `}, "mkfs.ext4", "python3", "pkill", "pgrep")
 }
 
