@@ -23,9 +23,14 @@ func (e *AbandonedError) Error() string {
 
 // A Hold has a device open that goes when nobody has it open any more.
 type Hold struct {
+	host   *host
+	index  int
 	device block
 	server server
 }
+
+// Holders returns who uses the device otherwise, as far as that can be seen.
+func (x *Hold) Holders() []Holder { return x.host.holders(x.index) }
 
 // Close leaves the device to whoever else has it open.
 func (x *Hold) Close() error {
@@ -64,7 +69,7 @@ func (h *host) detachWhenClosed(path string) (*Hold, error) {
 		held.Close()
 		return nil, fmt.Errorf("%s: %w", h.path(index), err)
 	}
-	return &Hold{held, h.server(index)}, nil
+	return &Hold{h, index, held, h.server(index)}, nil
 }
 
 // backend returns what tells the attachment of a device from others.

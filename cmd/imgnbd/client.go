@@ -254,7 +254,7 @@ func nbdClient(u *ui, args []string) error {
 		u.printf("Warning: the oldstyle protocol is no longer supported.\nThis method now uses the newstyle protocol with a default export\n")
 	}
 	if d == nil && !c.foreground {
-		if err := startDaemon(u, args, nil, false); err != errTalkative {
+		if err := startDaemon(context.Background(), u, args, nil, false); err != errTalkative {
 			return err
 		}
 		return nil // the device is there

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -9,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 )
 
 // --fork starts the program a second time with the same arguments: a Go process
@@ -34,8 +36,9 @@ var errSilent = errors.New("the server ended before it was ready")
 var errTalkative error = &exit{code: 1}
 
 // startDaemon runs the program again with args and returns when the daemon is
-// ready or has ended.
-func startDaemon(u *ui, args []string, listen *os.File, keepStderr bool) error {
+// ready or has ended. If ctx ends before, the daemon is told to, and has closeTime
+// until nobody waits for it any more.
+func startDaemon(ctx context.Context, u *ui, args []string, listen *os.File, keepStderr bool) error {
 	self, err := selfPath()
 	if err != nil {
 		return err
@@ -80,13 +83,29 @@ func startDaemon(u *ui, args []string, listen *os.File, keepStderr bool) error {
 	if err != nil {
 		return err
 	}
-	n, err := io.Copy(u.stderr, messages)
-	if err != nil {
-		return err
-	}
-	result, err := io.ReadAll(readiness)
-	if err != nil {
-		return err
+	var n int64
+	var result []byte
+	said := make(chan error, 1)
+	go func() {
+		var err error
+		if n, err = io.Copy(u.stderr, messages); err == nil {
+			result, err = io.ReadAll(readiness)
+		}
+		said <- err
+	}()
+	select {
+	case err := <-said:
+		if err != nil {
+			return err
+		}
+	case <-ctx.Done():
+		if !endDaemon(cmd, said) {
+			return fmt.Errorf("%w; its server, process %d, has yet to end", context.Cause(ctx), cmd.Process.Pid)
+		}
+		if n > 0 {
+			return &exit{code: 1}
+		}
+		return context.Cause(ctx)
 	}
 	ready := len(result) > 0
 	if ready {
@@ -101,6 +120,25 @@ func startDaemon(u *ui, args []string, listen *os.File, keepStderr bool) error {
 		return errSilent
 	}
 	return nil
+}
+
+// endDaemon tells a daemon to end, and reports whether it has done so soon.
+func endDaemon(cmd *exec.Cmd, said <-chan error) bool {
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		return false
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		<-said
+		cmd.Wait()
+	}()
+	select {
+	case <-ended:
+		return true
+	case <-time.After(closeTime):
+		return false
+	}
 }
 
 // asDaemon returns what startDaemon has passed to this process, nil if it was

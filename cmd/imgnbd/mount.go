@@ -1,18 +1,19 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/imgnbd/imgnbd/connect"
 )
@@ -69,31 +70,44 @@ func (o *mountOptions) run(u *ui, file, dir string) error {
 	if err != nil {
 		return err
 	}
-	signals := make(chan os.Signal, 2)
-	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
-	defer signal.Stop(signals)
+	return cancelledBySignals(func(ctx context.Context) error { return o.mount(ctx, u, file, dir, number) })
+}
 
-	device, err := o.attach(u, file, number)
+// mount attaches and mounts. If ctx ends before it is done, all that is undone.
+func (o *mountOptions) mount(ctx context.Context, u *ui, file, dir string, number int) error {
+	device, err := o.attach(ctx, u, file, number)
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), detachTime)
-	defer cancel()
 	// From here on the device goes when this process does, unless it is mounted.
 	hold, err := connect.DetachWhenClosed(device)
 	if err != nil {
+		ctx, cancel := undoing(ctx)
+		defer cancel()
 		return errors.Join(err, connect.Detach(ctx, device, false))
 	}
-	select {
-	case <-signals:
-		err = &exit{code: 1}
-	default:
-		err = runTool("mount", o.arguments(device, dir)...)
+	err = runTool(ctx, "mount", o.arguments(device, dir)...)
+	if err == nil && ctx.Err() == nil {
+		return hold.Close()
 	}
-	if err != nil {
-		return errors.Join(err, hold.Wait(ctx))
+	if cause := context.Cause(ctx); cause != nil && !errors.Is(err, cause) {
+		err = cause
 	}
-	return hold.Close()
+	if mounted := func(x connect.Holder) bool { return x.Use == connect.Mounted }; slices.ContainsFunc(hold.Holders(), mounted) {
+		err = errors.Join(err, runTool(context.Background(), "umount", "--", device))
+	}
+	ctx, cancel := undoing(ctx)
+	defer cancel()
+	return errors.Join(err, hold.Wait(ctx))
+}
+
+// undoing returns a context to undo in what was begun under ctx: if that has ended,
+// nobody waits for long, and what is left goes by itself.
+func undoing(ctx context.Context) (context.Context, context.CancelFunc) {
+	if ctx.Err() == nil {
+		return context.WithTimeout(ctx, detachTime)
+	}
+	return context.WithTimeoutCause(context.Background(), closeTime, errors.New("it takes longer"))
 }
 
 // choose returns the number of the partition that is to be mounted, 0 for the
@@ -163,7 +177,7 @@ func (l *layout) usable() string {
 
 // attach starts a server, by the command line that a person would use, and
 // returns its device.
-func (o *mountOptions) attach(u *ui, file string, number int) (string, error) {
+func (o *mountOptions) attach(ctx context.Context, u *ui, file string, number int) (string, error) {
 	args := []string{"--connect=auto", "--partition=" + strconv.Itoa(number)}
 	if o.writable {
 		args = append(args, "--discard=unmap") // to trim is the file system's choice
@@ -188,7 +202,7 @@ func (o *mountOptions) attach(u *ui, file string, number int) (string, error) {
 	var device strings.Builder
 	sub := *u
 	sub.stdout = &device
-	if err := startDaemon(&sub, append(args, "--", file), nil, false); err != nil && err != errTalkative {
+	if err := startDaemon(ctx, &sub, append(args, "--", file), nil, false); err != nil && err != errTalkative {
 		return "", err
 	}
 	return strings.TrimSpace(device.String()), nil
@@ -211,12 +225,33 @@ func (o *mountOptions) arguments(device, dir string) []string {
 	return append(args, "--", device, dir)
 }
 
-// runTool runs a program of the system; its error is what that said.
-func runTool(name string, args ...string) error {
+// runTool runs a program of the system; its error is what that said. If ctx ends
+// before, the program is told to, and has closeTime until nobody waits for it any more.
+func runTool(ctx context.Context, name string, args ...string) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	var out bytes.Buffer
 	cmd := exec.Command(name, args...)
-	out, err := cmd.CombinedOutput()
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	var err error
+	select {
+	case err = <-ended:
+	case <-ctx.Done():
+		cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case err = <-ended:
+		case <-time.After(closeTime):
+			return fmt.Errorf("%w; %s, process %d, has yet to end", context.Cause(ctx), name, cmd.Process.Pid)
+		}
+	}
 	var lines []string
-	for line := range strings.Lines(string(out)) {
+	for line := range strings.Lines(out.String()) {
 		if line = strings.TrimSpace(line); line != "" {
 			lines = append(lines, line)
 		}
@@ -240,7 +275,7 @@ func umountCommand() *command {
 		err = cancelledBySignals(func(ctx context.Context) error {
 			ctx, cancel := context.WithTimeout(ctx, detachTime)
 			defer cancel()
-			return connect.Unmount(ctx, dir, force, func(dir string) error { return runTool("umount", "--", dir) })
+			return connect.Unmount(ctx, dir, force, func(dir string) error { return runTool(context.Background(), "umount", "--", dir) })
 		})
 		if a, ok := errors.AsType[*connect.AbandonedError](err); ok {
 			err = abandoned(a)

@@ -1,9 +1,12 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"os"
+	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -85,14 +88,29 @@ func TestMountOptions(t *testing.T) {
 
 // What a tool says is one line here.
 func TestRunTool(t *testing.T) {
-	err := runTool("sh", "-c", "echo mount: bad; echo; echo '       dmesg has more' >&2; exit 32")
+	err := runTool(context.Background(), "sh", "-c", "echo mount: bad; echo; echo '       dmesg has more' >&2; exit 32")
 	if err == nil || err.Error() != "mount: bad; dmesg has more" {
 		t.Error(err)
 	}
-	if err := runTool("false"); err == nil || err.Error() != "exit status 1" {
+	if err := runTool(context.Background(), "false"); err == nil || err.Error() != "exit status 1" {
 		t.Error(err)
 	}
-	if err := runTool("echo", "all is well"); err != nil {
+	if err := runTool(context.Background(), "echo", "all is well"); err != nil {
+		t.Error(err)
+	}
+	ctx, cancel := context.WithCancelCause(context.Background())
+	fifo := filepath.Join(t.TempDir(), "fifo")
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		os.ReadFile(fifo) // until it has begun
+		cancel(errors.New("not any more"))
+	}()
+	if err := runTool(ctx, "sh", "-c", "echo >"+fifo+"; exec sleep 1000"); err == nil {
+		t.Error("it was not told to end")
+	}
+	if err := runTool(ctx, "echo"); err == nil || err.Error() != "not any more" {
 		t.Error(err)
 	}
 }

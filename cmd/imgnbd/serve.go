@@ -64,7 +64,7 @@ func (o *serveOptions) run(u *ui, operands, args []string) error {
 	if d != nil {
 		listen = d.listen
 	} else if o.fork || o.connect.device != "" && !o.verbose {
-		err := startDaemon(u, args, listen, o.verbose)
+		err := startDaemon(context.Background(), u, args, listen, o.verbose)
 		if err == errTalkative && o.connect.device != "" && !u.compat() {
 			return nil // the device is there
 		}

@@ -172,7 +172,40 @@ func TestSilentDaemon(t *testing.T) {
 	var stderr bytes.Buffer
 	u := newUI("imgnbd", nil, io.Discard, &stderr)
 	// Standard output is not what a daemon speaks on.
-	if err := startDaemon(u, []string{"--version"}, nil, false); !errors.Is(err, errSilent) {
+	if err := startDaemon(context.Background(), u, []string{"--version"}, nil, false); !errors.Is(err, errSilent) {
 		t.Errorf("%v, %s", err, &stderr)
+	}
+}
+
+// Who gives up waiting for a daemon leaves none behind.
+func TestDaemonIsToldToEnd(t *testing.T) {
+	fifo := filepath.Join(t.TempDir(), "fifo")
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancelCause(context.Background())
+	why := errors.New("not any more")
+	reading := make(chan *os.File, 1)
+	go func() {
+		f, err := os.OpenFile(fifo, os.O_WRONLY, 0) // once the daemon reads
+		if err != nil {
+			t.Error(err)
+		}
+		reading <- f
+		cancel(why)
+	}()
+	u := newUI("imgnbd", nil, io.Discard, io.Discard)
+	err := startDaemon(ctx, u, []string{"--object=authz-list-file,id=a,filename=" + fifo, "-f", "raw", fifo}, nil, false)
+	if !errors.Is(err, why) {
+		t.Fatal(err)
+	}
+	f := <-reading
+	defer f.Close()
+	for err = nil; err == nil; { // until nobody reads any more
+		_, err = f.WriteString(" ")
+		time.Sleep(10 * time.Millisecond)
+	}
+	if !errors.Is(err, syscall.EPIPE) {
+		t.Error(err)
 	}
 }

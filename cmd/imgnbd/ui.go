@@ -153,6 +153,9 @@ func (u *ui) fail(err error) int {
 		return 0
 	}
 	code := 1
+	if s, ok := err.(*signalled); ok {
+		err = s.err
+	}
 	if list, ok := err.(interface{ Unwrap() []error }); ok {
 		for _, err := range list.Unwrap() {
 			code = max(code, u.fail(err))

@@ -87,7 +87,41 @@ grep -q '^-o ro,nosuid,nodev -- /dev/nbd0 m$' mounting
 kill -KILL $!
 freed
 kill "$(pgrep -f 'sleep 1000')"
+rm mounting
+
+# Or by a signal: what was begun is undone before it ends, wherever it waits.
+signalled() { # signalled PID COMMAND...: once that succeeds
+    eventually "${@:2}"
+    kill -TERM $1
+    local code=0
+    wait $1 || code=$?
+    [ $code = 143 ] || fail "it ends with $code: $(cat said)"
+    grep -q 'ended by a signal' said || fail "$(cat said)"
+    freed
+    rm -f mounting
+}
+interrupted() { PATH=$PWD:$PATH exec imgnbd mount -f raw -P 1 disk.raw m 2>said; }
+interrupted &
+signalled $! test -s mounting
+quiet() { ! pgrep -f 'sleep 1000'; }
+eventually quiet
+printf '#!/bin/sh\n/bin/mount "$@"\ntouch mounting\nexec sleep 1000\n' >mount
+interrupted &
+signalled $! test -e mounting
 rm mount
+mkdir -p /run/imgnbd
+flock /run/imgnbd/nbd0.json sleep 1000 & # as a server that has yet to end
+eventually test -e /run/imgnbd/nbd0.json
+interrupted &
+eventually test -e /sys/block/nbd0/pid
+kill -TERM $!
+code=0
+wait $! || code=$?
+[ $code = 143 ] || fail "it ends with $code: $(cat said)"
+eventually absent /sys/block/nbd0/pid
+kill "$(pgrep -f '^sleep 1000')"
+eventually flock -n /run/imgnbd/nbd0.json rm /run/imgnbd/nbd0.json
+free /dev/nbd0
 
 # The server dies.
 imgnbd mount -f raw -P 1 disk.raw m
