@@ -1,10 +1,13 @@
 package export
 
 import (
+	"context"
+	"net"
 	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/imgnbd/imgnbd/image"
@@ -286,9 +289,59 @@ func TestFetchPays(t *testing.T) {
 	}
 }
 
+// An inbox is a stream that knows what has arrived.
+type inbox struct {
+	stream
+	mu  sync.Mutex
+	new sync.Cond
+	in  []byte
+	err error
+}
+
+func newInbox(conn net.Conn) *inbox {
+	b := &inbox{stream: stream{conn}}
+	b.new.L = &b.mu
+	go func() {
+		for p := make([]byte, 4096); ; {
+			n, err := conn.Read(p)
+			b.mu.Lock()
+			b.in, b.err = append(b.in, p[:n]...), err
+			b.mu.Unlock()
+			b.new.Signal()
+			if err != nil {
+				return
+			}
+		}
+	}()
+	return b
+}
+
+func (b *inbox) read(p, _ []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for len(b.in) == 0 && b.err == nil {
+		b.new.Wait()
+	}
+	n := copy(p, b.in)
+	if b.in = b.in[n:]; n == 0 {
+		return 0, b.err
+	}
+	return n, nil
+}
+
+func (b *inbox) arrived() (bool, bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return len(b.in) > 0 || b.err != nil, true
+}
+
 // TestFetchStops: while the medium gives one read at a time and not soon, the line does
 // not look for long, though there is always one that it could wait for.
-func TestFetchStops(t *testing.T) {
+func TestFetchStops(t *testing.T) { synctest.Test(t, testFetchStops) }
+
+// On a machine's own clock a line that is kept from looking for as long as a read takes
+// finds one each time.
+func testFetchStops(t *testing.T) {
 	d := newFetching(t)
 	var mu sync.Mutex
 	var next time.Time
@@ -303,6 +356,7 @@ func TestFetchStops(t *testing.T) {
 	}
 	d.tryReadAt = func(p []byte, off int64) error {
 		d.tries.Add(1)
+		time.Sleep(5 * time.Microsecond)
 		if !come() {
 			return image.ErrUnderWay
 		}
@@ -314,12 +368,33 @@ func TestFetchStops(t *testing.T) {
 		}
 		return d.Device.ReadAt(p, off)
 	}
-	s := serve(t, map[string]*Export{"": {Device: d}}, nil)
-	p := s.connect("unix", "", simple)
+	s := &server{t: t, Server: &Server{Open: func(context.Context, *Client, string) (*Export, error) {
+		return &Export{Device: d}, nil
+	}}}
+	s.init()
+	here, there := net.Pipe()
+	ses, err := s.admit(there, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		err := ses.begin()
+		if ses.agreement != nil {
+			err = ses.transmit(newInbox(there))
+			s.putDevice(ses.dev)
+			s.exit(ses.export)
+		}
+		ses.ended(err)
+	}()
+	p := &peer{t: t, conn: here}
+	p.greet()
+	p.option(nbd.OptGo, make([]byte, 6))
+
 	p.ask4k(0, 0, 0, 0, 0, 0, 0, 0)
+	const reads = 3000
 	half := int64(0)
-	for i := range 500 {
-		if i == 250 {
+	for i := range reads {
+		if i == reads/2 {
 			half = d.tries.Load()
 		}
 		p.read4k(0)
@@ -331,4 +406,5 @@ func TestFetchStops(t *testing.T) {
 	if late := d.tries.Load() - half; late > half/2 {
 		t.Errorf("the line has looked %d times, then %d times", half, late)
 	}
+	s.shutdown()
 }
