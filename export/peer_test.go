@@ -19,7 +19,7 @@ import (
 )
 
 // patience bounds what would otherwise hang.
-const patience = 30 * time.Second
+const patience = 5 * time.Minute
 
 // hooked is a Device with methods replaced, for faults and stalls.
 type hooked struct {
