@@ -29,6 +29,7 @@ type fakeKernel struct {
 	grows      uint64 // what it adds to sizes: somebody else's change
 	noNodes    bool   // nothing appears in /dev
 	claimed    bool   // exclusive opens fail
+	claims     int    // so many of them
 	going      int    // connects that fail because a device is being destroyed
 	transients int    // connects that fail because somebody looks at the device
 	scanErrs   []error
@@ -296,6 +297,10 @@ func (k *fakeKernel) syncFS(path string) error {
 func (k *fakeKernel) open(path string, exclusive bool) (block, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if exclusive && k.claims > 0 {
+		k.claims--
+		return nil, syscall.EBUSY
+	}
 	if exclusive && k.claimed {
 		return nil, syscall.EBUSY
 	}
