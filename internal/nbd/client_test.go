@@ -464,9 +464,10 @@ func TestServerDies(t *testing.T) {
 
 // A server that answers other requests, but not this one, or reads nothing.
 func TestTimeout(t *testing.T) {
+	over := make(chan struct{})
 	for name, serve := range map[string]func(net.Conn){
 		"silent": func(conn net.Conn) { io.Copy(io.Discard, conn) },
-		"deaf":   func(conn net.Conn) { conn.Read(make([]byte, 1)); time.Sleep(time.Second) },
+		"deaf":   func(conn net.Conn) { conn.Read(make([]byte, 1)); <-over },
 		"partly": func(conn net.Conn) {
 			first := true
 			for {
@@ -483,6 +484,9 @@ func TestTimeout(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			client := newClient(t, testSession(Simple), Options{Timeout: 50 * time.Millisecond}, serve)
+			if name == "deaf" {
+				defer close(over)
+			}
 			stop := make(chan struct{})
 			var group sync.WaitGroup
 			group.Go(func() {

@@ -101,7 +101,7 @@ func (p peer) start(t testing.TB, image string) (dial func() net.Conn) {
 		}
 		var conn net.Conn
 		var err error
-		for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		for end := time.Now().Add(5 * time.Minute); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
 			if conn, err = net.Dial(network, address); err == nil {
 				return conn
 			}
@@ -114,7 +114,7 @@ func (p peer) start(t testing.TB, image string) (dial func() net.Conn) {
 
 // patience bounds a hang, no more.
 func patience(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -149,7 +149,7 @@ func TestPeers(t *testing.T) {
 			dial := p.start(t, image)
 			for protocol := Extended; protocol <= Simple; protocol++ {
 				t.Run("at most "+protocol.String(), func(t *testing.T) {
-					opt := Options{Export: "disk", Contexts: []string{ContextBaseAllocation, "no:such"}, Protocol: protocol, Timeout: time.Minute}
+					opt := Options{Export: "disk", Contexts: []string{ContextBaseAllocation, "no:such"}, Protocol: protocol, Timeout: 5 * time.Minute}
 					c, err := Connect(patience(t), dial(), opt)
 					if err != nil {
 						t.Fatal(err)

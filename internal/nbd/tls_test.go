@@ -31,8 +31,8 @@ func starter(t *testing.T, reply OptionReply, behind []byte, config *tls.Config)
 	if err != nil {
 		t.Fatal(err)
 	}
-	ours.SetDeadline(time.Now().Add(30 * time.Second))
-	theirs.SetDeadline(time.Now().Add(30 * time.Second))
+	ours.SetDeadline(time.Now().Add(5 * time.Minute))
+	theirs.SetDeadline(time.Now().Add(5 * time.Minute))
 	done := make(chan struct{})
 	t.Cleanup(func() { ours.Close(); <-done; theirs.Close() })
 	go func() {
