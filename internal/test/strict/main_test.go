@@ -22,6 +22,7 @@ func TestReport(t *testing.T) {
 	write("go.mod", "module example\n\ngo 1.26.0\n")
 	skips := write("skips", "# comment\n\nexample.TestAllowed needs a moon\n")
 	t.Chdir(module)
+	t.Setenv("TMPDIR", t.TempDir()) // whose journals are nobody else's
 	dirs := journal.Dirs()
 	shm := dirs[len(dirs)-1]
 	left := filepath.Join(shm, "strict-test.journal")
