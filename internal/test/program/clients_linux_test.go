@@ -214,7 +214,7 @@ func TestNoDescriptors(t *testing.T) {
 	}
 	defer cmd.Wait()
 	defer cmd.Process.Kill()
-	p := &patient{t: t, socket: socket, cmd: cmd}
+	p := &patient{t: t, socket: socket, cmd: cmd, hurried: true}
 	good := p.connect()
 	var idle []net.Conn
 	for range 50 {

@@ -103,7 +103,7 @@ func TestKilledThenChanged(t *testing.T) {
 				qemu.IO(t, "qcow2", image, "read -P 0 0 64M")
 				return
 			}
-			served := time.AfterFunc(hang/4, func() { p.cmd.Process.Kill() })
+			served := time.AfterFunc(hang, func() { p.cmd.Process.Kill() })
 			if err := p.cmd.Wait(); err == nil || !served.Stop() {
 				t.Fatal("the image is served")
 			}

@@ -157,13 +157,11 @@ func TestMemory(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	eventually(t, "greedy clients get little: nothing is tested", func() bool { return peak(t, pid) >= 256*mib })
 	got := peak(t, pid)
 	t.Logf("%d clients that take nothing: %d MiB of %d MiB", clients, got/mib, bound/mib)
 	if got > bound {
 		t.Errorf("%d greedy clients make it take %d bytes, more than %d", clients, got, bound)
-	}
-	if got < 256*mib {
-		t.Errorf("%d greedy clients make it take only %d bytes: nothing was tested", clients, got)
 	}
 }
 
