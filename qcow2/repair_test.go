@@ -26,7 +26,7 @@ import (
 // repair repairs the image in a file.
 func repair(t testing.TB, file string, what image.Repair) (res image.CheckResult, findings []string, err error) {
 	t.Helper()
-	for range 1000 {
+	for range 60_000 {
 		findings = nil
 		res, _, err = chain().Check(context.Background(), file, image.OpenOptions{Format: "qcow2"}, image.CheckOptions{
 			Repair: what,

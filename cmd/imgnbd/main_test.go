@@ -28,7 +28,7 @@ func TestMain(m *testing.M) {
 }
 
 // deadline bounds what would otherwise hang.
-const deadline = 60 * time.Second
+const deadline = 5 * time.Minute
 
 // TestScripts runs the stories of testdata/script. In them imgnbd and qemu-nbd
 // are this program, $QEMU_NBD is the real one.

@@ -31,7 +31,7 @@ type process struct {
 }
 
 // ready bounds a server's start, and its end.
-const ready = 20 * time.Second
+const ready = 2 * time.Minute
 
 // launch starts s.
 func launch(s server, dir string, w workload, image string) (*process, error) {

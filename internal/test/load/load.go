@@ -73,7 +73,7 @@ func (c *Config) check() error {
 }
 
 // patience bounds the wait for the last replies.
-const patience = 30 * time.Second
+const patience = 5 * time.Minute
 
 // Run connects, loads the server for c.Duration and waits for the last
 // replies. An error of any request is an error of the whole.

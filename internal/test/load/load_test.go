@@ -26,7 +26,7 @@ func nbdkit(t *testing.T, options ...string) string {
 
 func await(t *testing.T, network, address, uri string) string {
 	t.Helper()
-	for end := time.Now().Add(30 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(5 * time.Minute); ; time.Sleep(5 * time.Millisecond) {
 		if conn, err := net.Dial(network, address); err == nil {
 			conn.Close()
 			return uri
