@@ -42,6 +42,7 @@ type checker struct {
 	refs     *tally         // references; later the stored counts
 	last     int64          // the last cluster that has either
 	often    map[int64]bool // clusters with L2 tables that an L1 table leads to all too often
+	begin    map[uint64]int // tables of snapshots and bitmaps, by host offset
 
 	// Of who repairs.
 	roles *roleMap
@@ -202,7 +203,7 @@ func (c *checker) walk() (err error) {
 		c.res.CheckErrors++
 		return fmt.Errorf("%d clusters: %w", c.clusters, syscall.EFBIG)
 	}
-	c.refs, c.often = newTally(c.clusters+1), map[int64]bool{}
+	c.refs, c.often, c.begin = newTally(c.clusters+1), map[int64]bool{}, map[uint64]int{}
 	if c.opt.Repair != image.RepairNothing {
 		c.roles, c.over = newRoleMap(), newRoleMap()
 	}

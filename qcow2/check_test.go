@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"encoding/json"
@@ -14,6 +15,8 @@ import (
 
 	"github.com/imgnbd/imgnbd/image"
 	"github.com/imgnbd/imgnbd/internal/test/qemu"
+	"github.com/imgnbd/imgnbd/storage"
+	"github.com/imgnbd/imgnbd/storage/storagetest"
 )
 
 // A verdict is what a check says.
@@ -340,4 +343,72 @@ func TestCheckWhileOpen(t *testing.T) {
 		t.Error(err)
 	}
 	compareVerdicts(t, file)
+}
+
+// A tallyStore counts the bytes that are read of it, there or past the end.
+type tallyStore struct {
+	storage.Store
+	read int64
+}
+
+func (s *tallyStore) ReadAt(p []byte, off int64) (int, error) {
+	s.read += int64(len(p))
+	return s.Store.ReadAt(p, off)
+}
+
+// Few bytes say that an image has many tables of millions of entries, all of them
+// in one place or past the end. They are not all read, with counts of any width.
+func TestCheckReadsLittle(t *testing.T) {
+	const bitmaps, entries, snapshots = 300, 1 << 16, 300
+	for _, options := range []string{"cluster_size=512", "cluster_size=512,refcount_bits=1"} {
+		for _, past := range []bool{false, true} {
+			b := memImage(t, options, "1M", 0).Bytes()
+			var directory []byte
+			be := binary.BigEndian
+			tableAt, l1At := uint64(1<<50), uint64(1<<50)
+			if !past {
+				tableAt = 1 << 20
+				l1At = tableAt + entries*8
+			}
+			for i := range bitmaps {
+				e := bitmapEntry{tableAt: tableAt, tableSize: entries, flags: bitmapInUse, granularity: 16, name: fmt.Sprint(i)}
+				directory = append(directory, e.encode()...)
+			}
+			var table []byte
+			for range snapshots {
+				sn := snapshot{l1At: l1At, l1Size: entries, extra: make([]byte, snapshotExtra)}
+				table = sn.append(table)
+			}
+			add := func(what []byte) (at uint64) {
+				b = append(b, make([]byte, -len(b)&511)...)
+				at = uint64(len(b))
+				b = append(b, what...)
+				return at
+			}
+			directoryAt, tableOfSnapshots := add(directory), add(table)
+			be.PutUint32(b[60:], snapshots)
+			be.PutUint64(b[64:], tableOfSnapshots)
+			add(nil)
+			if !past {
+				b = append(b, make([]byte, int(l1At)+entries*8-len(b))...)
+			}
+			extension := be.AppendUint32(be.AppendUint32(nil, extBitmaps), 24)
+			extension = be.AppendUint64(be.AppendUint32(extension, bitmaps), 0)[:16]
+			extension = be.AppendUint64(be.AppendUint64(extension, uint64(len(directory))), directoryAt)
+			copy(b[be.Uint32(b[100:]):], append(extension, make([]byte, 8)...))
+			be.PutUint64(b[88:], uint64(autoclearBitmaps))
+
+			for _, repair := range []image.Repair{image.RepairNothing, image.RepairAll} {
+				s := &tallyStore{Store: storagetest.MemOf(bytes.Clone(b))}
+				res, err := check(t.Context(), s, image.Options{}, image.CheckOptions{Repair: repair})
+				if err != nil || res.Corruptions+res.CorruptionsFixed == 0 {
+					t.Errorf("%s, past the end %t, repair %d: %+v, %v", options, past, repair, res, err)
+				}
+				// A walk reads either table a hundred times, and a repair walks some times.
+				if most := int64(2*maxSameTable*entries*8) * 3 / 2; s.read > most*(1+2*int64(repair)) || past && s.read > 10<<20 {
+					t.Errorf("%s, past the end %t, repair %d: %d bytes were read", options, past, repair, s.read)
+				}
+			}
+		}
+	}
 }

@@ -56,8 +56,12 @@ func (c *checker) outside(off, n int64) {
 	}
 }
 
-// readWords reads a table of n words. What is past the end is zeros.
+// readWords reads a table of n words. What is past the end is zeros, and left out:
+// a few bytes can say that there are millions of them.
 func (c *checker) readWords(at, n int64) ([]uint64, error) {
+	if at >= 0 {
+		n = min(n, max(0, (c.size-at+7)/8))
+	}
 	w := make([]uint64, n)
 	buf := make([]byte, min(n*8, checkRun))
 	for i := int64(0); i < n; {
@@ -100,9 +104,17 @@ func (c *checker) table(l1 []uint64, i int) ([]byte, error) {
 }
 
 // maxSameTable is how often one L1 table may lead to an L2 table before what
-// that refers to is not counted once more, and how often that may be an L1
-// table. Once is right; a lie of a million times would keep us busy for days.
+// that refers to is not counted once more, and how often that may be the table of
+// a snapshot or a bitmap. Once is right; a lie of a million times would keep us
+// busy for days.
 const maxSameTable = 100
+
+// tooOften counts the tables of snapshots and bitmaps that begin at a place, and
+// reports whether they are too many for another one to be read.
+func (c *checker) tooOften(at uint64) bool {
+	c.begin[at]++
+	return c.begin[at] > maxSameTable || c.refs.get(int64(at)>>c.g.clusterBits) > maxSameTable
+}
 
 // revisited reports whether a walk has seen an L2 table that was met too often.
 func (c *checker) revisited(seen map[int64]bool, host int64) bool {
@@ -260,7 +272,7 @@ func (c *checker) countSnapshots() error {
 			c.corrupt("ERROR snapshot %s (%s) l1_size=%#x: L1 table is too large; snapshot table entry corrupted", printable(sn.ID), printable(sn.Name), sn.l1Size)
 			continue
 		}
-		if c.refs.get(int64(sn.l1At)>>c.g.clusterBits) > maxSameTable {
+		if c.tooOften(sn.l1At) {
 			c.count(int64(sn.l1At), int64(sn.l1Size)*8, roleOther)
 			continue
 		}
@@ -320,7 +332,11 @@ func (c *checker) countBitmaps() error {
 			return err
 		}
 		b := &c.bitmaps[i]
+		often := c.tooOften(b.tableAt)
 		c.count(int64(b.tableAt), int64(b.tableSize)*8, roleOther)
+		if often {
+			continue
+		}
 		table, err := c.readWords(int64(b.tableAt), int64(b.tableSize))
 		if err != nil {
 			c.res.Corruptions++

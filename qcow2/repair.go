@@ -544,8 +544,13 @@ func (c *checker) mendBitmaps() (bool, error) {
 	if c.res.Corruptions == 0 || c.h.autoclear&autoclearBitmaps == 0 {
 		return false, nil
 	}
+	seen := map[uint64]bool{}
 	for i := range c.bitmaps {
 		b := &c.bitmaps[i]
+		if seen[b.tableAt] {
+			continue
+		}
+		seen[b.tableAt] = true
 		at := int64(b.tableAt)
 		table, err := c.readWords(at, int64(b.tableSize))
 		if err != nil {
