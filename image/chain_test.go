@@ -351,6 +351,9 @@ func TestPolicy(t *testing.T) {
 	}
 	defer l.Close()
 
+	part := func(name string) string { // without its first byte
+		return `json:{"driver":"raw","file.driver":"raw","file.offset":1,"file.file.filename":"` + filepath.Join(d.path, name) + `"}`
+	}
 	const refused = "refused by policy"
 	for _, tt := range []struct {
 		name                string
@@ -368,6 +371,10 @@ func TestPolicy(t *testing.T) {
 		{"escape", "OUT!", refused, refused},
 		{"absout", "OUT!", refused, refused},
 		{"outdir/base", "OUT!", refused, refused},
+		{part("in/base"), "ASE", "ASE", "ASE"},
+		{part("out/back"), "ASE", "ASE", "ASE"},
+		{part("in/escape"), "UT!", refused, refused},
+		{part("out/base"), "UT!", refused, refused},
 		{"outdir/../base", "no such file", "no such file", "no such file"}, // d.path/base
 		{"fifo", "FIFO", "FIFO", "FIFO"},
 		{"sock", "socket", "socket", "socket"},

@@ -281,12 +281,20 @@ func (l *layer) admit(ctx context.Context, ref Reference, isImage bool) (*layer,
 			return nil, src, nil, Wrap("open", src.name, fmt.Errorf("%w: %w", ErrReference, err))
 		}
 	}
-	s, err := l.chain.openStore(ctx, src, storage.Options{Share: storage.ShareNoLock, Timeout: l.opt.Timeout})
+	s, err := l.chain.openFile(ctx, src, storage.Options{Share: storage.ShareNoLock, Timeout: l.opt.Timeout})
 	if err != nil {
 		return nil, src, nil, Wrap("open", src.name, err)
 	}
+	for _, dir := range dirs {
+		if err := checkFile(s, src.url.Path, dir); err != nil {
+			return nil, src, nil, errors.Join(err, s.Close())
+		}
+	}
+	if s, err = src.within(s); err != nil {
+		return nil, src, nil, Wrap("open", src.name, err)
+	}
 	below := &layer{chain: l.chain, name: src.name, id: identity(s), above: l, depth: l.depth + 1}
-	f, err := below.examine(s, src, dirs, isImage)
+	f, err := below.examine(s, src, isImage)
 	if err = errors.Join(err, s.Close()); err != nil {
 		return nil, src, nil, err
 	}
@@ -312,13 +320,9 @@ func (l *layer) resolve(ref Reference) (src source, dirs []string, err error) {
 	return src, dirs, err
 }
 
-// examine applies the part of the policy that needs the file.
-func (l *layer) examine(s storage.Store, src source, dirs []string, isImage bool) (*Format, error) {
-	for _, dir := range dirs {
-		if err := checkFile(s, src.url.Path, dir); err != nil {
-			return nil, err
-		}
-	}
+// examine finds out whether s may be below what is above l, and the format that it
+// is in.
+func (l *layer) examine(s storage.Store, src source, isImage bool) (*Format, error) {
 	for a := l.above; a != nil && l.id != ""; a = a.above {
 		if a.id == l.id {
 			return nil, refused(l.name, fmt.Sprintf("%s names it, and lies below it: a loop", l.above.name))
