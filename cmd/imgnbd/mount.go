@@ -87,17 +87,17 @@ func (o *mountOptions) mount(ctx context.Context, u *ui, file, dir string, numbe
 		return errors.Join(err, connect.Detach(ctx, device, false))
 	}
 	err = runTool(ctx, "mount", o.arguments(device, dir)...)
-	if err == nil && ctx.Err() == nil {
+	if err == nil {
+		err = context.Cause(ctx)
+	}
+	if err == nil {
 		return hold.Close()
-	}
-	if cause := context.Cause(ctx); cause != nil && !errors.Is(err, cause) {
-		err = cause
-	}
-	if mounted := func(x connect.Holder) bool { return x.Use == connect.Mounted }; slices.ContainsFunc(hold.Holders(), mounted) {
-		err = errors.Join(err, runTool(context.Background(), "umount", "--", device))
 	}
 	ctx, cancel := undoing(ctx)
 	defer cancel()
+	if mounted := func(x connect.Holder) bool { return x.Use == connect.Mounted }; slices.ContainsFunc(hold.Holders(), mounted) {
+		err = errors.Join(err, runTool(ctx, "umount", "--", device))
+	}
 	return errors.Join(err, hold.Wait(ctx))
 }
 
@@ -250,6 +250,9 @@ func runTool(ctx context.Context, name string, args ...string) error {
 			return fmt.Errorf("%w; %s, process %d, has yet to end", context.Cause(ctx), name, cmd.Process.Pid)
 		}
 	}
+	if err != nil && ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
 	var lines []string
 	for line := range strings.Lines(out.String()) {
 		if line = strings.TrimSpace(line); line != "" {
@@ -273,9 +276,10 @@ func umountCommand() *command {
 			return err
 		}
 		err = cancelledBySignals(func(ctx context.Context) error {
-			ctx, cancel := context.WithTimeout(ctx, detachTime)
+			limited, cancel := context.WithTimeout(ctx, detachTime)
 			defer cancel()
-			return connect.Unmount(ctx, dir, force, func(dir string) error { return runTool(context.Background(), "umount", "--", dir) })
+			// To unmount takes as long as it takes.
+			return connect.Unmount(limited, dir, force, func(dir string) error { return runTool(ctx, "umount", "--", dir) })
 		})
 		if a, ok := errors.AsType[*connect.AbandonedError](err); ok {
 			err = abandoned(a)

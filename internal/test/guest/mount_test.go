@@ -103,12 +103,36 @@ signalled() { # signalled PID COMMAND...: once that succeeds
 interrupted() { PATH=$PWD:$PATH exec imgnbd mount -f raw -P 1 disk.raw m 2>said; }
 interrupted &
 signalled $! test -s mounting
-quiet() { ! pgrep -f 'sleep 1000'; }
+quiet() { ! pgrep -f 'sleep 1000' >/dev/null; }
 eventually quiet
 printf '#!/bin/sh\n/bin/mount "$@"\ntouch mounting\nexec sleep 1000\n' >mount
 interrupted &
 signalled $! test -e mounting
+# Nor does it wait for ever to undo that.
+stays() { # stays PID: it ends by a signal although umount(8) does not
+    eventually gone $1
+    local code=0
+    wait $1 || code=$?
+    [ $code = 143 ] || fail "it ends with $code: $(cat said)"
+    eventually quiet
+    mountpoint -q m
+}
+printf '#!/bin/sh\nexec sleep 1000\n' >umount
+chmod +x umount
+printf '#!/bin/sh\n/bin/mount "$@"\ntouch mounting\nwhile :; do sleep 0.1; done\n' >mount
+interrupted &
+eventually test -e mounting
+kill -TERM $!
+stays $!
 rm mount
+interruptedUmount() { PATH=$PWD:$PATH exec imgnbd umount m 2>said; }
+interruptedUmount &
+eventually pgrep -f 'sleep 1000' >/dev/null
+kill -TERM $!
+stays $!
+rm umount
+umount m
+freed
 mkdir -p /run/imgnbd
 flock /run/imgnbd/nbd0.json sleep 1000 & # as a server that has yet to end
 eventually test -e /run/imgnbd/nbd0.json
