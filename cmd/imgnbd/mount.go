@@ -101,13 +101,23 @@ func (o *mountOptions) mount(ctx context.Context, u *ui, file, dir string, numbe
 	return errors.Join(err, hold.Wait(ctx))
 }
 
-// undoing returns a context to undo in what was begun under ctx: if that has ended,
+// undoing returns a context to undo in what was begun under ctx: once that has ended,
 // nobody waits for long, and what is left goes by itself.
 func undoing(ctx context.Context) (context.Context, context.CancelFunc) {
-	if ctx.Err() == nil {
-		return context.WithTimeout(ctx, detachTime)
+	limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), detachTime)
+	undo, end := context.WithCancelCause(limited)
+	stop := context.AfterFunc(ctx, func() {
+		select {
+		case <-time.After(closeTime):
+			end(errors.New("it takes longer"))
+		case <-undo.Done():
+		}
+	})
+	return undo, func() {
+		stop()
+		cancel()
+		end(nil)
 	}
-	return context.WithTimeoutCause(context.Background(), closeTime, errors.New("it takes longer"))
 }
 
 // choose returns the number of the partition that is to be mounted, 0 for the
@@ -251,7 +261,7 @@ func runTool(ctx context.Context, name string, args ...string) error {
 		}
 	}
 	if err != nil && ctx.Err() != nil {
-		return context.Cause(ctx)
+		return fmt.Errorf("%s: %w", name, context.Cause(ctx))
 	}
 	var lines []string
 	for line := range strings.Lines(out.String()) {

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -107,11 +108,34 @@ func TestRunTool(t *testing.T) {
 		os.ReadFile(fifo) // until it has begun
 		cancel(errors.New("not any more"))
 	}()
-	if err := runTool(ctx, "sh", "-c", "echo >"+fifo+"; exec sleep 1000"); err == nil {
-		t.Error("it was not told to end")
+	if err := runTool(ctx, "sh", "-c", "echo >"+fifo+"; exec sleep 1000"); err == nil || !strings.HasPrefix(err.Error(), "sh") && !strings.HasPrefix(err.Error(), "not any more; sh, process ") {
+		t.Error(err)
 	}
 	if err := runTool(ctx, "echo"); err == nil || err.Error() != "not any more" {
 		t.Error(err)
+	}
+}
+
+// A signal leaves time to undo what was begun, also one that comes meanwhile.
+func TestUndoing(t *testing.T) {
+	for _, early := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			ctx, signal := context.WithCancel(context.Background())
+			if early {
+				signal()
+			}
+			undo, cancel := undoing(ctx)
+			defer cancel()
+			signal()
+			synctest.Wait()
+			if err := undo.Err(); err != nil {
+				t.Errorf("at once: %v", err)
+			}
+			<-undo.Done()
+			if err := context.Cause(undo); err == nil || err.Error() != "it takes longer" {
+				t.Errorf("later: %v", err)
+			}
+		})
 	}
 }
 
