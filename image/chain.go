@@ -25,6 +25,7 @@ type Chain struct {
 	MaxDepth  int          // images below the first; 0 is 200
 	Journals  Journals     // of images that are opened for writing; nil: none are kept
 	Warn      func(string) // told of what the user should know; may be nil
+	Notice    func(string) // see Options
 }
 
 // OpenOptions say how an image is opened.

@@ -65,6 +65,10 @@ type Options struct {
 	Unmap    bool         // what is given up goes back to the host, as with QEMU's discard=unmap
 	Warn     func(string) // told of what the user should know; may be nil
 
+	// Notice is told of what the user may want to know, but after a power cut is
+	// the usual thing; it may be nil.
+	Notice func(string)
+
 	// Untrusted is set for an image that nobody vouches for: it is refused if
 	// it asks for more memory than images that are of use do.
 	Untrusted bool

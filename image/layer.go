@@ -153,6 +153,7 @@ func (l *layer) openFormat(ctx context.Context, s storage.Store, f *Format, opt 
 		Params:   src.params,
 		Unmap:    opt.Unmap,
 		Warn:     l.chain.Warn,
+		Notice:   l.chain.Notice,
 
 		Untrusted: l.chain.Policy.Untrusted,
 	}

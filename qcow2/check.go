@@ -100,7 +100,7 @@ func check(ctx context.Context, s storage.Store, opt image.Options, what image.C
 // unseal breaks the seal of an image before it is repaired, so that no journal
 // fits afterwards.
 func unseal(s storage.Store, h *header, opt image.Options) error {
-	warnOfSeal(&opt, "by the repair")
+	warnOfSeal(opt.Warn, &opt, "by the repair")
 	if err := setAutoclear(s, ^autoclearSeal, 0); err != nil {
 		return err
 	}

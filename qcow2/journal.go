@@ -164,9 +164,9 @@ func (j *journal) seals(seal autoclear) bool {
 
 // warnOfSeal says that an image has the seal of a journal that is not at hand.
 // Whether there is one somewhere nobody can tell: a power cut leaves a seal too.
-func warnOfSeal(opt *image.Options, givenUp string) {
-	if opt.Warn != nil {
-		opt.Warn(fmt.Sprintf("%s was not closed, and no journal of it is found: if only the process that wrote to it died, writes that it acknowledged may be in a journal in another directory, and are given up %s", opt.Name, givenUp))
+func warnOfSeal(warn func(string), opt *image.Options, givenUp string) {
+	if warn != nil {
+		warn(fmt.Sprintf("%s was not closed, and no journal of it is found: if only the process that wrote to it died, writes that it acknowledged may be in a journal in another directory, and are given up %s", opt.Name, givenUp))
 	}
 }
 

@@ -458,7 +458,7 @@ func TestSealWithoutJournal(t *testing.T) {
 		{"closed", unsealed, nil, false, 0},
 	} {
 		s, warnings := recorded(test.store), 0
-		opt := image.Options{Journal: bytes.Clone(test.journal), ReadOnly: test.readOnly, Warn: func(string) { warnings++ }}
+		opt := image.Options{Journal: bytes.Clone(test.journal), ReadOnly: test.readOnly, Notice: func(string) { warnings++ }}
 		im, err := Open(t.Context(), s, opt)
 		if err != nil || warnings != test.want {
 			t.Errorf("%s: %d warnings, %v", test.name, warnings, err)

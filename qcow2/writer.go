@@ -111,7 +111,7 @@ func newWriter(d *disk, h *header, snapshots []snapshot, bitmaps []bitmap, opt *
 		journal.stored = hooks.stored
 	}
 	if seal := h.autoclear & autoclearSeal; seal != 0 && (journal == nil || !journal.seals(seal)) {
-		warnOfSeal(opt, "with the first change")
+		warnOfSeal(opt.Notice, opt, "with the first change")
 	}
 	refs.commit = w.commit.once
 	if err := w.clearFeatures(); err != nil {

@@ -130,6 +130,9 @@ func (o *serveOptions) open(ctx context.Context, u *ui, file string) (image.Devi
 	t.opt.Unmap = o.discard
 	chain := o.images.chain(u)
 	chain.Journals = o.journal.journals(u, o.fork)
+	if !o.fork && !u.compat() {
+		chain.Notice = u.warning
+	}
 	if o.connect.origin != nil {
 		o.connect.origin.watch(chain)
 	}

@@ -184,7 +184,7 @@ func (s *unlocked) WriteAt(p []byte, off int64, flags storage.WriteFlags) error 
 	start, end := off&^511, (off+int64(len(p))+511)&^511
 	whole := make([]byte, end-start)
 	n, _ := s.Store.ReadAt(whole, start)
-	time.Sleep(1) // which, in a bubble of synctest, others come in
+	time.Sleep(time.Nanosecond) // which, in a bubble of synctest, others come in
 	copy(whole[off-start:], p)
 	return s.Store.WriteAt(whole[:max(n, int(off-start)+len(p))], start, flags)
 }
