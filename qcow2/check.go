@@ -37,12 +37,12 @@ type checker struct {
 
 	l1       []uint64 // active
 	refTable []uint64
-	broken   bool           // the refcount structure cannot be mended, only be made anew
-	clusters int64          // that are looked at: those of the store, and what refers to the one behind
-	refs     *tally         // references; later the stored counts
-	last     int64          // the last cluster that has either
-	often    map[int64]bool // clusters with L2 tables that an L1 table leads to all too often
-	begin    map[uint64]int // tables of snapshots and bitmaps, by host offset
+	broken   bool              // the refcount structure cannot be mended, only be made anew
+	clusters int64             // that are looked at: those of the store, and what refers to the one behind
+	refs     *tally            // references; later the stored counts
+	last     int64             // the last cluster that has either
+	often    map[int64]bool    // clusters with L2 tables that an L1 table leads to all too often
+	begin    map[uint64]tables // by host offset
 
 	// Of who repairs.
 	roles *roleMap
@@ -203,7 +203,7 @@ func (c *checker) walk() (err error) {
 		c.res.CheckErrors++
 		return fmt.Errorf("%d clusters: %w", c.clusters, syscall.EFBIG)
 	}
-	c.refs, c.often, c.begin = newTally(c.clusters+1), map[int64]bool{}, map[uint64]int{}
+	c.refs, c.often, c.begin = newTally(c.clusters+1), map[int64]bool{}, map[uint64]tables{}
 	if c.opt.Repair != image.RepairNothing {
 		c.roles, c.over = newRoleMap(), newRoleMap()
 	}
@@ -217,7 +217,7 @@ func (c *checker) walk() (err error) {
 		}
 	}
 	c.count(0, g.clusterSize, roleOther)
-	if c.l1, err = c.countL1(int64(h.l1Offset), int64(h.l1Size), true); err != nil {
+	if c.l1, err = c.countL1(int64(h.l1Offset), 0, int64(h.l1Size), true); err != nil {
 		return err
 	}
 	if err := c.countSnapshots(); err != nil {

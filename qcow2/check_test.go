@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -409,6 +410,64 @@ func TestCheckReadsLittle(t *testing.T) {
 					t.Errorf("%s, past the end %t, repair %d: %d bytes were read", options, past, repair, s.read)
 				}
 			}
+		}
+	}
+}
+
+// Of many tables in one place the longest is walked to its end: what only that leads
+// to is in use. qemu-img, which walks them all, finds what is repaired right.
+func TestCheckWalksLongest(t *testing.T) {
+	qemu.Require(t, "qemu-img")
+	b := memImage(t, "cluster_size=512", "1M", 0).Bytes()
+	be := binary.BigEndian
+	add := func(what ...byte) (at uint64) {
+		b = append(b, make([]byte, -len(b)&511)...)
+		at = uint64(len(b))
+		b = append(append(b, what...), make([]byte, -len(what)&511)...)
+		return at
+	}
+	word := func(words ...uint64) (b []byte) {
+		for _, w := range words {
+			b = be.AppendUint64(b, w)
+		}
+		return b
+	}
+	l1At := add(word(0, add(word(uint64(flagCopied)|add(1))...)|uint64(flagCopied))...)
+	tableAt := add(word(0, add(1))...)
+	var directory, snapshots []byte
+	for i := range maxSameTable + 5 {
+		n := uint32(1)
+		if i == maxSameTable+2 {
+			n = 2
+		}
+		e := bitmapEntry{tableAt: tableAt, tableSize: n, flags: bitmapInUse, granularity: 16, name: fmt.Sprint(i)}
+		directory = append(directory, e.encode()...)
+		sn := snapshot{l1At: l1At, l1Size: n, extra: make([]byte, snapshotExtra)}
+		sn.ID = fmt.Sprint(i)
+		snapshots = sn.append(snapshots)
+	}
+	directoryAt, snapshotsAt := add(directory...), add(snapshots...)
+	be.PutUint32(b[60:], maxSameTable+5)
+	be.PutUint64(b[64:], snapshotsAt)
+	extension := be.AppendUint32(be.AppendUint32(nil, extBitmaps), 24)
+	extension = be.AppendUint32(be.AppendUint32(extension, maxSameTable+5), 0)
+	extension = append(extension, word(uint64(len(directory)), directoryAt, 0)...)
+	copy(b[be.Uint32(b[100:]):], extension)
+	be.PutUint64(b[88:], uint64(autoclearBitmaps))
+
+	s := storagetest.MemOf(b)
+	for _, repair := range []image.Repair{image.RepairAll, image.RepairLeaks} {
+		res, err := check(t.Context(), s, image.Options{}, image.CheckOptions{Repair: repair})
+		if err != nil || res.Corruptions != 0 || res.Leaks != 0 || repair == image.RepairLeaks && res.LeaksFixed != 0 {
+			t.Errorf("%+v, %v", res, err)
+		}
+		file := filepath.Join(t.TempDir(), "disk.qcow2")
+		if err := os.WriteFile(file, s.Bytes(), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		compareVerdicts(t, file)
+		if v := qemuVerdict(t, file); v.Corruptions != 0 || v.Leaks != 0 {
+			t.Errorf("qemu-img finds %+v", v)
 		}
 	}
 }

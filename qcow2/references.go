@@ -109,11 +109,22 @@ func (c *checker) table(l1 []uint64, i int) ([]byte, error) {
 // busy for days.
 const maxSameTable = 100
 
-// tooOften counts the tables of snapshots and bitmaps that begin at a place, and
-// reports whether they are too many for another one to be read.
-func (c *checker) tooOften(at uint64) bool {
-	c.begin[at]++
-	return c.begin[at] > maxSameTable || c.refs.get(int64(at)>>c.g.clusterBits) > maxSameTable
+// tables are those of snapshots and bitmaps that begin at one place.
+type tables struct {
+	count   int
+	longest int64 // in entries
+}
+
+// walkFrom returns the first entry to be walked of a table of n that a snapshot or
+// a bitmap has: where there are too many, each entry is still walked once, so that
+// nothing is free that one of them leads to.
+func (c *checker) walkFrom(at uint64, n int64) (from int64) {
+	t := c.begin[at]
+	if t.count >= maxSameTable || c.refs.get(int64(at)>>c.g.clusterBits) > maxSameTable {
+		from = min(t.longest, n)
+	}
+	c.begin[at] = tables{t.count + 1, max(t.longest, n)}
+	return from
 }
 
 // revisited reports whether a walk has seen an L2 table that was met too often.
@@ -127,14 +138,15 @@ func (c *checker) revisited(seen map[int64]bool, host int64) bool {
 	return was
 }
 
-// countL1 counts the references of an L1 table and its L2 tables.
-func (c *checker) countL1(at, n int64, active bool) ([]uint64, error) {
+// countL1 counts the references to an L1 table, and those of its entries from one
+// on, and of the L2 tables that they lead to.
+func (c *checker) countL1(at, from, n int64, active bool) ([]uint64, error) {
 	if n == 0 {
 		return nil, nil
 	}
 	g := c.g
 	c.count(at, n*8, roleOther)
-	l1, err := c.readWords(at, n)
+	l1, err := c.readWords(at+from*8, n-from)
 	if err != nil {
 		c.res.CheckErrors++
 		c.report(false, "ERROR: I/O error in check_refcounts_l1")
@@ -272,11 +284,8 @@ func (c *checker) countSnapshots() error {
 			c.corrupt("ERROR snapshot %s (%s) l1_size=%#x: L1 table is too large; snapshot table entry corrupted", printable(sn.ID), printable(sn.Name), sn.l1Size)
 			continue
 		}
-		if c.tooOften(sn.l1At) {
-			c.count(int64(sn.l1At), int64(sn.l1Size)*8, roleOther)
-			continue
-		}
-		if _, err := c.countL1(int64(sn.l1At), int64(sn.l1Size), false); err != nil {
+		n := int64(sn.l1Size)
+		if _, err := c.countL1(int64(sn.l1At), c.walkFrom(sn.l1At, n), n, false); err != nil {
 			return err
 		}
 	}
@@ -332,12 +341,10 @@ func (c *checker) countBitmaps() error {
 			return err
 		}
 		b := &c.bitmaps[i]
-		often := c.tooOften(b.tableAt)
-		c.count(int64(b.tableAt), int64(b.tableSize)*8, roleOther)
-		if often {
-			continue
-		}
-		table, err := c.readWords(int64(b.tableAt), int64(b.tableSize))
+		at, n := int64(b.tableAt), int64(b.tableSize)
+		from := c.walkFrom(b.tableAt, n)
+		c.count(at, n*8, roleOther)
+		table, err := c.readWords(at+from*8, n-from)
 		if err != nil {
 			c.res.Corruptions++
 			return fmt.Errorf("table of bitmap %q at %#x: %w", b.name, b.tableAt, err)

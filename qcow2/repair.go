@@ -358,22 +358,24 @@ func (c *checker) mendEntries() (bool, error) {
 	}
 	c.forget()
 	changed, err := c.mendL1(int64(c.h.l1Offset), c.l1)
-	seen := map[uint64]bool{} // L1 tables of snapshots
+	seen := map[uint64]int64{} // how many entries of the L1 tables of snapshots at a place
 	for i := range c.snapshots {
 		sn := &c.snapshots[i]
 		if err != nil {
 			return false, err
 		}
-		if c.g.within(int64(sn.l1At)) != 0 || sn.l1Size > maxL1Size/8 || seen[sn.l1At] {
+		from, n := seen[sn.l1At], int64(sn.l1Size)
+		if c.g.within(int64(sn.l1At)) != 0 || n > maxL1Size/8 || n <= from {
 			continue
 		}
-		seen[sn.l1At] = true
+		seen[sn.l1At] = n
+		at := int64(sn.l1At) + from*8
 		var l1 []uint64
-		if l1, err = c.readWords(int64(sn.l1At), int64(sn.l1Size)); err != nil {
+		if l1, err = c.readWords(at, n-from); err != nil {
 			return false, err
 		}
 		var did bool
-		did, err = c.mendL1(int64(sn.l1At), l1)
+		did, err = c.mendL1(at, l1)
 		changed = changed || did
 	}
 	return changed, err
@@ -544,15 +546,16 @@ func (c *checker) mendBitmaps() (bool, error) {
 	if c.res.Corruptions == 0 || c.h.autoclear&autoclearBitmaps == 0 {
 		return false, nil
 	}
-	seen := map[uint64]bool{}
+	seen := map[uint64]int64{} // how many entries of the tables at a place
 	for i := range c.bitmaps {
 		b := &c.bitmaps[i]
-		if seen[b.tableAt] {
+		from, n := seen[b.tableAt], int64(b.tableSize)
+		if n <= from {
 			continue
 		}
-		seen[b.tableAt] = true
-		at := int64(b.tableAt)
-		table, err := c.readWords(at, int64(b.tableSize))
+		seen[b.tableAt] = n
+		at := int64(b.tableAt) + from*8
+		table, err := c.readWords(at, n-from)
 		if err != nil {
 			return false, err
 		}
@@ -562,7 +565,7 @@ func (c *checker) mendBitmaps() (bool, error) {
 			if e.reserved() == 0 && c.g.within(e.host()) == 0 || !c.ownWord(where) {
 				continue
 			}
-			c.report(false, "Repairing bitmap %s: entry %d of its table is %x", b.name, k, w)
+			c.report(false, "Repairing bitmap %s: entry %d of its table is %x", b.name, from+int64(k), w)
 			if err := c.store.WriteAt(binary.BigEndian.AppendUint64(nil, allOnes), where, 0); err != nil {
 				return false, err
 			}
