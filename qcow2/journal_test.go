@@ -479,6 +479,31 @@ func TestSealWithoutJournal(t *testing.T) {
 	}
 }
 
+// Once its journal is used up a seal is of no meaning: nobody is told of it, though
+// the one who found the journal changed nothing, and closed the image or died.
+func TestSealIsUsedUp(t *testing.T) {
+	killed, left := abandonedJournal(t)
+	for _, dies := range []bool{false, true} {
+		s, memory := recorded(killed), bytes.Clone(left)
+		im, err := Open(t.Context(), s, image.Options{Journal: memory})
+		if err != nil {
+			t.Fatal(err)
+		}
+		store, journal := bytes.Clone(s.Bytes()), bytes.Clone(memory)
+		if err := im.writer.close(); err != nil {
+			t.Fatal(err)
+		}
+		if !dies {
+			store, journal = bytes.Clone(s.Bytes()), nil
+		}
+		opt := image.Options{Journal: journal, Notice: func(text string) { t.Errorf("dies %t: %s", dies, text) }}
+		if im, err = Open(t.Context(), recorded(store), opt); err != nil {
+			t.Fatal(err)
+		}
+		im.Close()
+	}
+}
+
 // What a journal may become is not touched before it has grown, and records of
 // before are found afterwards. Where it cannot grow, commits make room.
 func TestJournalGrows(t *testing.T) {

@@ -110,7 +110,9 @@ func newWriter(d *disk, h *header, snapshots []snapshot, bitmaps []bitmap, opt *
 		}
 		journal.stored = hooks.stored
 	}
-	if seal := h.autoclear & autoclearSeal; seal != 0 && (journal == nil || !journal.seals(seal)) {
+	seal := h.autoclear & autoclearSeal
+	found := seal != 0 && journal != nil && journal.seals(seal)
+	if seal != 0 && !found {
 		warnOfSeal(opt.Notice, opt, "with the first change")
 	}
 	refs.commit = w.commit.once
@@ -126,6 +128,11 @@ func newWriter(d *disk, h *header, snapshots []snapshot, bitmaps []bitmap, opt *
 		w.seal = newSeal(h)
 		journal.start(owner{h.identity(), w.seal, info.ID})
 		w.journal, w.changes.journal, w.commit.journal = journal, journal, journal
+	}
+	if found && setAutoclear(d.store, ^autoclearSeal, 0) == nil {
+		// What it was for is done. Where that cannot be written it does no harm, and
+		// who changes something is told.
+		h.autoclear &^= autoclearSeal
 	}
 	d.info.ReadOnly, d.info.Discard, d.info.FastZero = false, true, g.version >= 3
 	w.commit.start()
@@ -148,8 +155,8 @@ func growJournal(opt *image.Options) func() error {
 }
 
 // clearFeatures turns off the autoclear bits that we do not know, as whoever
-// opens an image for writing has to, durably. A seal stays until the first
-// change: the journal that it is of may be somewhere else.
+// opens an image for writing has to, durably. A seal whose journal is not found
+// stays until the first change: that may be somewhere else.
 func (w *writer) clearFeatures() error {
 	known := autoclearBitmaps | autoclearSeal
 	if w.geo.dataFile {
